@@ -1,0 +1,48 @@
+# `make run` and `make test` need nothing but Python 3.11 or newer with pip: they make .venv first, and reuse it.
+
+# The first Python that is there, starts (a version manager's shim may not) and is new enough.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help venv run test lint types bench check clean
+
+help:
+	@echo "make run     start the supervisor script (FOLDER=..., KILL_EVERY=seconds)"
+	@echo "make test    run the tests"
+	@echo "make check   lint, types and tests"
+	@echo "make bench   measure"
+
+venv: $(READY)
+
+# Some distributions ship Python without ensurepip: then the Python's own pip fills the environment.
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "found no Python 3.11 or newer; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv || $(PYTHON) -m venv --without-pip .venv
+	if $(BIN)/python -c 'import pip' 2>/dev/null; then $(BIN)/python -m pip install -e '.[dev]'; \
+	else $(PYTHON) -m pip --python $(BIN)/python install -e '.[dev]'; fi
+	@touch $@
+
+# The script reads FOLDER and KILL_EVERY; make hands them on from its environment and its command line.
+run: venv
+	$(BIN)/python scripts/supervisor.py
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy
+	$(if $(wildcard tests/typing),$(BIN)/python -m pytest tests/typing)
+
+bench: venv
+	$(BIN)/python scripts/bench.py
+
+check: lint types test
+
+clean:
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

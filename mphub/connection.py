@@ -1,0 +1,437 @@
+"""A process's one connection to a hub: batches that form by themselves, confirms, holds, replies, reconnects."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+import weakref
+from collections import deque
+from multiprocessing import util as mp_util
+
+import msgspec
+import psutil
+
+from mphub.core.keys import matches
+from mphub.errors import DrainTimeout, HubClosed, MphubError, NoSubscriber, PayloadError
+from mphub.events import EventId
+from mphub.reply import Reply, failure_of
+from mphub.store.blobs import Blobs
+from mphub.wire import codec, frames
+from mphub.wire.frames import BLOB_MIN, MAX_EVENTS, Batch, Confirm, Extra, HelloPublisher, Hold, RepliesTaken, decoder, encode, join
+from mphub.wire.stream import Line, shut
+
+log = logging.getLogger("mphub")
+FEW = 2
+"""Frames that may be unconfirmed while every publish still goes out at once."""
+MANY = 32
+"""Frames that may be unconfirmed at all."""
+BATCH_BYTES = 60 << 10
+SILENCE = 10.0
+"""Seconds without any answer after which a hub counts as gone."""
+LAST_FLUSH = 5.0
+"""Seconds that the end of a process waits for its confirms."""
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+_confirm, _hold, _reply = decoder(Confirm), decoder(Hold), decoder(frames.Reply)
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where a hub is: its runtime folder and the token that its peers know."""
+
+    folder: str
+    token: bytes
+    name: str
+
+    @property
+    def data(self) -> str:
+        return f"{self.folder}/data"
+
+    @property
+    def control(self) -> str:
+        return f"{self.folder}/control"
+
+
+class Connection:
+    """A process's stream to the router: id, sequence and order are those of the process. Thread-safe."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._reset()
+        _connections.add(self)
+
+    def _reset(self) -> None:
+        """Begin anew: in a forked child everything here is the parent's."""
+        self.id = int.from_bytes(os.urandom(8), "big")
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._line: Line | None = None
+        self._thread: threading.Thread | None = None
+        self._blobs = Blobs(f"{self.address.folder}/blobs", self.id)
+        self._number = 0
+        self._sequence = 0
+        self._clear_batch()
+        self._mode: tuple[str | None, bool, int] = (None, False, 0)
+        self._unconfirmed: deque[tuple[int, bytes]] = deque()
+        self._refused: dict[int, MphubError] = {}
+        self._held: list[str] = []
+        self._replies: dict[int, Reply[object]] = {}
+        self._ended: MphubError | None = None
+        self._heard = 0.0
+
+    # -- publishing
+
+    def publish(
+        self, key: str, payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None,
+        confirm: bool = False, epoch: int = 0,
+    ) -> EventId:  # fmt: skip
+        """Pickle and send one event; return its id.
+
+        Raises PayloadError, HubClosed, and with ``confirm`` what the router refused it for.
+        """
+        data = codec.encode(payload)
+        extra = Extra(ordering_key, headers) if ordering_key is not None or headers else None
+        with self._lock:
+            number = self._add(key, data, extra, (None, False, epoch))
+            if confirm:
+                sequence = self._send(strict=True)
+        if confirm:
+            self._wait_confirmed(sequence, None)
+        return EventId.make(self.id, number)
+
+    def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
+        """Send one event whose handler's result comes back."""
+        data = codec.encode(payload)
+        reply: Reply[object] = Reply()
+        with self._lock:
+            number = self._add(key, data, None, (target, True, 0), reply)
+        reply.id = EventId.make(self.id, number)
+        return reply
+
+    def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> int:
+        """Send events as one frame, which is journaled whole or not at all; wait for the confirm."""
+        with self._lock:
+            self._ready((None, False, 0))
+            self._send()
+            for key, data, extra in events:
+                self._append(key, data, extra)
+            sequence = self._send()
+        self._wait_confirmed(sequence, None)
+        return len(events)
+
+    def _add(
+        self, key: str, data: bytes, extra: Extra | None, mode: tuple[str | None, bool, int], reply: Reply[object] | None = None
+    ) -> int:
+        """Put one event into the batch, and send the batch when that is due; with the lock held."""
+        if self._thread is None or self._mode != mode or self._ended is not None:
+            self._ready(mode)
+        if self._held:
+            self._wait_released(key)
+        large = len(data) >= BLOB_MIN
+        if large or (reply is not None and self._keys and self._keys[-1] != key):
+            self._send()
+        number = self._append(key, data, extra)
+        if reply is not None:
+            self._replies[number] = reply
+        waiting = len(self._unconfirmed)
+        if large or waiting < FEW or self._size >= BATCH_BYTES or len(self._events) >= MAX_EVENTS:
+            while len(self._unconfirmed) >= MANY and self._ended is None:
+                self._changed.wait()
+            self._send()
+        return number
+
+    def _append(self, key: str, data: bytes, extra: Extra | None) -> int:
+        keys = self._keys
+        if not keys or keys[-1] != key:
+            keys.append(key)
+            self._counts.append(0)
+            self._size += len(key) + 8
+        self._counts[-1] += 1
+        if extra is not None:
+            self._extras[len(self._events)] = extra
+        self._events.append(data)
+        self._size += len(data)
+        self._number += 1
+        return self._number
+
+    def _ready(self, mode: tuple[str | None, bool, int]) -> None:
+        if self._ended is not None:
+            raise self._ended
+        if self._thread is None:
+            self._connect()
+        if self._mode != mode:
+            self._send()
+            self._mode = mode
+
+    def _send(self, *, strict: bool = False) -> int:
+        """Send the batch, if any; return the sequence number of the last frame."""
+        if not self._events:
+            return self._sequence
+        target, reply, epoch = self._mode
+        body = join(self._events)
+        blob = None
+        size = len(body)
+        if size > BATCH_BYTES * 4 or (len(self._events) == 1 and size >= BLOB_MIN):
+            try:
+                blob, body = self._blobs.write(self._events[0] if len(self._events) == 1 else body), b""
+            except OSError as error:
+                self._clear_batch()
+                raise PayloadError(f"a payload of {size} bytes cannot be written to the hub's folder: {error}") from error
+        self._sequence += 1
+        header = encode(
+            Batch(
+                self.id, self._sequence, self._number - len(self._events) + 1, list(zip(self._keys, self._counts, strict=True)),
+                time.time(), epoch, target, reply, strict, blob, size, self._extras or None,
+            )
+        )  # fmt: skip
+        self._clear_batch()
+        data = frames.frame(frames.BATCH, header, body)
+        if len(data) > frames.MAX_FRAME:
+            spilled = frames.Spilled(frames.BATCH, len(header), self._blobs.write(header + body))
+            data = frames.frame(frames.SPILLED, encode(spilled))
+        self._unconfirmed.append((self._sequence, data))
+        self._write(data)
+        return self._sequence
+
+    def _clear_batch(self) -> None:
+        self._keys: list[str] = []
+        self._counts: list[int] = []
+        self._events: list[bytes] = []
+        self._extras: dict[int, Extra] = {}
+        self._size = 0
+
+    def _write(self, data: bytes) -> None:
+        """Send a whole frame; without a line it goes out after the next connect."""
+        if self._line is None:
+            return
+        try:
+            self._line.sock.sendall(data)
+        except OSError:
+            shut(self._line.sock)
+        except BaseException:  # an interrupt in the middle of a frame: the reader connects anew and sends it whole
+            shut(self._line.sock)
+            raise
+
+    def _wait_released(self, key: str) -> None:
+        """Wait while the key is held: a subscriber that it is for has a full inbox."""
+        while self._ended is None and self._is_held(key):
+            self._send()
+            self._changed.wait()
+        if self._ended is not None:
+            raise self._ended
+
+    # -- waiting
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until the router has journaled everything published so far.
+
+        Raises DrainTimeout, HubClosed, or what a frame was refused for.
+        """
+        with self._lock:
+            if self._thread is None:
+                return
+            sequence = self._send()
+        self._wait_confirmed(sequence, timeout)
+
+    def _wait_confirmed(self, sequence: int, timeout: float | None) -> None:
+        with self._lock:
+            done = self._changed.wait_for(lambda: self._is_confirmed(sequence) or self._ended is not None, timeout)
+            refused = [self._refused.pop(s) for s in list(self._refused) if s <= sequence]
+            if refused:
+                raise refused[0]
+            if not done:
+                waiting = len(self._unconfirmed)
+                raise DrainTimeout(f"{waiting} frames were not confirmed within {timeout} s", pending={"unconfirmed": waiting})
+            if not self._is_confirmed(sequence) and self._ended is not None:
+                raise self._ended
+
+    def wait_room(self, key: str, timeout: float) -> bool:
+        """Wait until a key is not held; say whether it is so."""
+        with self._lock:
+            return self._changed.wait_for(lambda: self._ended is not None or not self._is_held(key), timeout)
+
+    def _is_held(self, key: str) -> bool:
+        return any(matches(pattern, key) for pattern in self._held)
+
+    @property
+    def unconfirmed(self) -> int:
+        return len(self._unconfirmed) + bool(self._events)
+
+    def _is_confirmed(self, sequence: int) -> bool:
+        return not self._unconfirmed or self._unconfirmed[0][0] > sequence
+
+    def close(self, timeout: float = LAST_FLUSH) -> None:
+        """Flush, and end the connection; what could not be sent is logged."""
+        if self._pid != os.getpid() or self._thread is None:
+            return
+        try:
+            if self._ended is None:
+                self.flush(timeout)
+        except MphubError as error:
+            lost = len(self._unconfirmed)
+            log.error("%d batches of events could not be sent: %s", lost, error)
+        self.end(HubClosed("this publisher is closed"))
+
+    def end(self, reason: MphubError) -> None:
+        """Let everything that waits end with an error."""
+        with self._lock:
+            if self._ended is None:
+                self._ended = reason
+            replies, self._replies = self._replies, {}
+            line = self._line
+            self._changed.notify_all()
+        for reply in replies.values():
+            if not reply.done():
+                reply.set_exception(reason)
+        if line is not None:
+            shut(line.sock)
+
+    # -- the reader
+
+    def _connect(self) -> None:
+        """Open the stream and start its reader; with the lock held."""
+        try:
+            self._line = self._hello()
+        except OSError as error:
+            raise HubClosed(f"hub {self.address.name!r} is not running: start it first ({error.strerror})") from None
+        mp_util.Finalize(self, _last_flush, args=(weakref.ref(self),), exitpriority=20)  # atexit does not run in forked children
+        self._thread = threading.Thread(target=self._read, name="mphub-publisher", daemon=True)
+        self._thread.start()
+
+    def _hello(self) -> Line:
+        line = Line.connect(self.address.data)
+        me = psutil.Process()
+        line.send(frames.HELLO_PUBLISHER, encode(HelloPublisher(self.address.token, self.id, me.pid, me.create_time())))
+        return line
+
+    def _read(self) -> None:
+        pid, line = self._pid, self._line
+        while line is not None and pid == os.getpid():
+            got = line.receive()
+            if got is None:
+                line = self._reconnect(line)
+                continue
+            self._heard = time.monotonic()
+            kind, header, _ = got
+            if kind == frames.CONFIRM:
+                self._confirmed(_confirm.decode(header))
+            elif kind == frames.REPLY:
+                self._answered(line, _reply.decode(header))
+            elif kind == frames.HOLD:
+                with self._lock:
+                    self._held = _hold.decode(header).patterns
+                    self._changed.notify_all()
+            elif kind == frames.CLOSED:
+                self.end(HubClosed(f"hub {self.address.name!r} was stopped"))
+
+    def _confirmed(self, confirm: Confirm) -> None:
+        with self._lock:
+            for sequence, kind, message in confirm.refused:
+                self._refused[sequence] = refusal(kind, message)
+            while self._unconfirmed and self._unconfirmed[0][0] <= confirm.sequence:
+                self._unconfirmed.popleft()
+            if self._events and len(self._unconfirmed) < FEW:
+                self._send()
+            self._changed.notify_all()
+
+    def _answered(self, line: Line, reply: frames.Reply) -> None:
+        with self._lock:
+            future = self._replies.pop(reply.number, None)
+        if future is not None and future.set_running_or_notify_cancel():
+            settle_reply(future, reply, self._blobs)
+        with self._lock, contextlib.suppress(OSError):
+            line.send(frames.REPLIES_TAKEN, encode(RepliesTaken([reply.number])))
+
+    def _reconnect(self, old: Line) -> Line | None:
+        """Connect again for as long as the hub lives; resend what is unconfirmed."""
+        old.close()
+        with self._lock:
+            self._line = None
+        deadline = time.monotonic() + SILENCE
+        while self._ended is None:
+            try:
+                line = self._hello()
+                first = self._first_answer(line)
+            except OSError:
+                break  # nobody holds the listening socket any more
+            if first:
+                with self._lock:
+                    self._line = line
+                    for _, data in self._unconfirmed:
+                        self._write(data)
+                return line
+            line.close()
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        self.end(HubClosed(f"hub {self.address.name!r} is gone"))
+        return None
+
+    def _first_answer(self, line: Line) -> bool:
+        """Wait until a router reads this stream."""
+        line.sock.settimeout(SILENCE)  # no MSG_DONTWAIT is used on it while it is timed
+        try:
+            got = line.receive()
+        finally:
+            line.sock.settimeout(None)
+        if got is None or got[0] != frames.CONFIRM:
+            return False
+        self._confirmed(_confirm.decode(got[1]))
+        return True
+
+
+def settle_reply(future: Reply[object], reply: frames.Reply, blobs: Blobs) -> None:
+    """Put the outcome into the future."""
+    try:
+        if reply.outcome == "ok":
+            future.set_result(codec.loads(blobs.read(reply.blob) if reply.blob else reply.body))
+        else:
+            future.set_exception(failure_of(reply.outcome, reply.body))
+    except Exception as error:  # the result cannot be loaded here: that is the answer
+        future.set_exception(error)
+
+
+def refusal(kind: str, message: str) -> MphubError:
+    return {"NoSubscriber": NoSubscriber, "PayloadError": PayloadError}.get(kind, HubClosed)(message)
+
+
+def _last_flush(reference: weakref.ref[Connection]) -> None:
+    connection = reference()
+    if connection is not None:
+        connection.close()
+
+
+def _reset_all() -> None:
+    for connection in list(_connections):
+        line = connection._line
+        if line is not None:  # only this process's copy of the descriptor: a shutdown would end the parent's stream
+            with contextlib.suppress(OSError):
+                socket.close(line.sock.detach())
+        connection._reset()
+
+
+os.register_at_fork(after_in_child=_reset_all)
+
+_shared: dict[str, Connection] = {}
+_shared_lock = threading.Lock()
+
+
+def connection_to(address: Address) -> Connection:
+    """Return the process's one connection to a hub."""
+    with _shared_lock:
+        found = _shared.get(address.folder)
+        if found is None or found._ended is not None:
+            found = _shared[address.folder] = Connection(address)
+        return found
+
+
+def drop_connection(address: Address) -> None:
+    """End the process's connection to a hub that stops."""
+    with _shared_lock:
+        found = _shared.pop(address.folder, None)
+    if found is not None:
+        found.end(HubClosed(f"hub {address.name!r} was stopped"))
+

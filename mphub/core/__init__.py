@@ -1,0 +1,1 @@
+"""What is decided, pure: keys, routing, delivery, credit, restarts. No clock, process, socket or file."""

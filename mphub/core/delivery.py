@@ -1,0 +1,338 @@
+"""Delivery to one subscriber process: what waits, what it holds, who is charged when it dies. Pure: values in, values out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from mphub.core.credit import Credit
+from mphub.core.rows import Row
+
+WAITING, RUNNING, HANDLED, DONE, FAILED = range(5)
+"""State bytes: not started; runs; returned, outputs not committed; returned, nothing to commit; raised, report on its way."""
+
+Spans = list[tuple[int, int]]
+"""Ranges [first, last) of event indexes in a row, ascending."""
+MAX_HELD = 1000
+"""Ranges that one process holds; a board remembers 1024."""
+
+
+@dataclass(slots=True, eq=False)
+class Portion:
+    """The events of one row that are for one subscriber."""
+
+    row: Row
+    todo: Spans
+    size: int
+    """Bytes per event, on average."""
+    attempts: dict[int, int] = field(default_factory=dict)
+    """index -> number of its next run, where that is not the first."""
+
+    @property
+    def count(self) -> int:
+        return length(self.todo)
+
+    def finish(self, spans: Spans) -> None:
+        """Take events off the list."""
+        self.todo = [] if spans == self.todo else subtract(self.todo, spans)
+        if self.attempts:
+            self.attempts = {i: n for i, n in self.attempts.items() if contains(self.todo, i)}
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """Events of a portion that wait together."""
+
+    portion: Portion
+    spans: Spans
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """Events that a process has been given: event ``index + k`` has delivery number ``number + k``."""
+
+    number: int
+    index: int
+    count: int
+    portion: Portion
+    spans: Spans
+    alone: bool = False
+
+
+@dataclass(slots=True)
+class Again:
+    """An event that runs again."""
+
+    portion: Portion
+    index: int
+    attempt: int
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What became of the events that a process held."""
+
+    finished: list[tuple[Portion, Spans]] = field(default_factory=list)
+    dead: list[tuple[Portion, int, int]] = field(default_factory=list)
+    """(portion, index, attempts made)."""
+    again: list[Again] = field(default_factory=list)
+    """Events that had started and start anew, charged or not."""
+    changed: list[Portion] = field(default_factory=list)
+    """Portions whose attempts changed."""
+
+
+class Delivery:
+    """One subscriber's inbox and what its process holds."""
+
+    def __init__(self, max_attempts: int, credit: Credit, slots: int) -> None:
+        self.max_attempts = max_attempts
+        self.credit = credit
+        self.slots = slots
+        self.waiting: deque[Piece] = deque()
+        self.held: deque[Held] = deque()
+        self.number = 0
+        """The next delivery number."""
+        self.generation = 0
+        """Grows when the process gave back what it held: frames under way then are void."""
+        self.loaded = 0
+        self.loaded_bytes = 0
+
+    # -- what waits
+
+    def add(self, portion: Portion) -> None:
+        """Append the events of a portion."""
+        self._put(Piece(portion, portion.todo), self.waiting.append)
+
+    def add_first(self, portion: Portion) -> None:
+        """Put the events of a portion before all others: their turn has passed already."""
+        self._put(Piece(portion, portion.todo), self.waiting.appendleft)
+
+    def _put(self, piece: Piece, put: Callable[[Piece], None]) -> None:
+        put(piece)
+        count = length(piece.spans)
+        self.loaded += count
+        self.loaded_bytes += count * piece.portion.size
+
+    def drop_waiting(self) -> list[Piece]:
+        """Empty the inbox; what the process holds stays."""
+        pieces = list(self.waiting)
+        self.waiting.clear()
+        self.loaded = self.loaded_bytes = 0
+        return pieces
+
+    def prune(self) -> None:
+        """Let waiting events go that have ended meanwhile."""
+        for piece in self.drop_waiting():
+            spans = subtract(piece.spans, subtract(piece.spans, piece.portion.todo))
+            if spans:
+                self._put(Piece(piece.portion, spans), self.waiting.append)
+
+    # -- what the process holds
+
+    def assign(self, ranges: list[tuple[int, int, int, int]]) -> None:
+        """Move waiting events to held as a live process's board says: (number, count, row, index), oldest first."""
+        for number, count, row, index in reversed(ranges):  # the newest hand-out of an event is the one that counts
+            for piece in [p for p in self.waiting if p.portion.row.id == row]:
+                rest = subtract(piece.spans, [(index, index + count)])
+                spans = subtract(piece.spans, rest)
+                if spans:
+                    piece.spans = rest
+                    self.held.appendleft(Held(number, index, count, piece.portion, spans))
+        self.number = max([self.number, *(number + count for number, count, _, _ in ranges)])
+        for piece in self.drop_waiting():
+            if piece.spans:
+                self._put(piece, self.waiting.append)
+
+    def take(self) -> Held | None:
+        """Move the next events, as far as credit goes, from waiting to held."""
+        if not self.waiting or (room := self._room()) <= 0:
+            return None
+        piece = self.waiting[0]
+        first = piece.spans[0][0]
+        alone = first in piece.portion.attempts
+        if alone and self.held:
+            return None
+        taken = [(first, first + 1)] if alone else self._cut(piece, room)
+        return self._hold(piece, taken, alone) if taken else None
+
+    def _room(self) -> int:
+        if not self.held:
+            return min(self.credit.limit, self.slots)
+        if self.held[-1].alone or len(self.held) >= MAX_HELD:
+            return 0
+        used = self.number - self.held[0].number
+        return min(self.credit.limit, self.slots) - used
+
+    def _cut(self, piece: Piece, room: int) -> Spans:
+        """Take events from the front up to ``room`` numbers, not beyond one that has to run alone."""
+        first = piece.spans[0][0]
+        end = first + room
+        if piece.portion.attempts:
+            end = min([end, *(i for i in piece.portion.attempts if i > first)])
+        if piece.spans[-1][1] <= end:
+            return piece.spans
+        return [(a, min(b, end)) for a, b in piece.spans if a < end]
+
+    def _hold(self, piece: Piece, taken: Spans, alone: bool) -> Held:
+        if taken is piece.spans or taken == piece.spans:
+            self.waiting.popleft()
+        else:
+            piece.spans = subtract(piece.spans, taken)
+        index, end = taken[0][0], taken[-1][1]
+        held = Held(self.number, index, end - index, piece.portion, taken, alone)
+        self.number += end - index
+        self.held.append(held)
+        count = length(taken)
+        self.loaded -= count
+        self.loaded_bytes -= count * piece.portion.size
+        return held
+
+    def find(self, number: int) -> tuple[Portion, int] | None:
+        """Return the portion and index of a delivery number that is held."""
+        for held in self.held:
+            if held.number <= number < held.number + held.count:
+                index = held.index + number - held.number
+                return (held.portion, index) if contains(held.spans, index) else None
+        return None
+
+    # -- what came of it
+
+    def report(self, upto: int, failed: dict[int, tuple[Portion, int]], *, returned: bool) -> list[tuple[Portion, Spans]]:
+        """Let go of everything before delivery number ``upto``; return what succeeded.
+
+        With ``returned`` the process has given back the rest unstarted.
+        """
+        finished = [part for part in self._release(upto) if part[1]]
+        if failed:
+            finished = [(p, s) for p, spans in finished if (s := subtract(spans, failures_of(p, failed)))]
+        if returned:
+            self.give_back()
+        return finished
+
+    def _release(self, upto: int) -> Iterator[tuple[Portion, Spans]]:
+        while self.held and self.held[0].number + self.held[0].count <= upto:
+            held = self.held.popleft()
+            yield held.portion, held.spans
+        if self.held and self.held[0].number < upto:
+            held = self.held[0]
+            cut = held.index + upto - held.number
+            ran = [(a, min(b, cut)) for a, b in held.spans if a < cut]
+            held.spans = subtract(held.spans, ran)
+            yield held.portion, ran
+            if not held.spans:
+                self.held.popleft()
+
+    def give_back(self, since: int = 0) -> None:
+        """Return held events, from delivery number ``since`` on, to the front of the inbox, in order."""
+        self.generation += 1
+        while self.held and self.held[-1].number >= since:
+            held = self.held.pop()
+            self._put(Piece(held.portion, held.spans), self.waiting.appendleft)
+
+    def again(self, portion: Portion, index: int, attempt: int) -> None:
+        """Put one event to the front, to be run alone."""
+        portion.attempts[index] = attempt
+        self._put(Piece(portion, [(index, index + 1)]), self.waiting.appendleft)
+
+    def died(self, states: Callable[[int, int], bytes], charged: Callable[[int], bool]) -> Verdict:
+        """Settle what a dead process held, by its state bytes; the rest goes back to the front in order.
+
+        ``charged(number)`` says whether a running event is blamed for the death.
+        """
+        verdict = Verdict()
+        back: list[Piece] = []
+        for held in self.held:
+            self._settle(held, states(held.number, held.count), charged, verdict, back)
+        self.held.clear()
+        self.generation += 1
+        for piece in reversed(back):
+            self._put(piece, self.waiting.appendleft)
+        return verdict
+
+    def _settle(
+        self, held: Held, states: bytes, charged: Callable[[int], bool], verdict: Verdict, back: list[Piece]
+    ) -> None:
+        portion, offset = held.portion, held.number - held.index
+        finished, rest = [], []
+        for index in indexes(held.spans):
+            state = states[index - held.index]
+            if state == DONE:
+                finished.append(index)
+            elif state == RUNNING and charged(offset + index):
+                if not self._charge(portion, index, verdict):
+                    continue
+                rest.append(index)
+            else:
+                if state != WAITING:
+                    verdict.again.append(Again(portion, index, portion.attempts.get(index, 1)))
+                rest.append(index)
+        if finished:
+            verdict.finished.append((portion, spans_of(finished)))
+        if rest:
+            back.append(Piece(portion, spans_of(rest)))
+
+    def _charge(self, portion: Portion, index: int, verdict: Verdict) -> bool:
+        """Count the attempt; say whether there is another one."""
+        attempt = portion.attempts.get(index, 1)
+        if attempt >= self.max_attempts:
+            verdict.dead.append((portion, index, attempt))
+            return False
+        portion.attempts[index] = attempt + 1
+        verdict.again.append(Again(portion, index, attempt + 1))
+        verdict.changed.append(portion)
+        return True
+
+
+def failures_of(portion: Portion, failed: dict[int, tuple[Portion, int]]) -> Spans:
+    return spans_of(sorted(index for owner, index in failed.values() if owner is portion))
+
+
+# -- spans
+
+
+def length(spans: Spans) -> int:
+    return sum(b - a for a, b in spans)
+
+
+def contains(spans: Spans, index: int) -> bool:
+    return any(a <= index < b for a, b in spans)
+
+
+def indexes(spans: Spans) -> Iterator[int]:
+    for a, b in spans:
+        yield from range(a, b)
+
+
+def spans_of(numbers: Iterable[int]) -> Spans:
+    """Join ascending indexes to spans."""
+    spans: Spans = []
+    for i in numbers:
+        if spans and spans[-1][1] == i:
+            spans[-1] = (spans[-1][0], i + 1)
+        else:
+            spans.append((i, i + 1))
+    return spans
+
+
+def subtract(spans: Spans, gone: Spans) -> Spans:
+    """Return ``spans`` without ``gone``; both ascending."""
+    if not gone:
+        return spans
+    left: Spans = []
+    cuts = iter(gone)
+    cut = next(cuts, None)
+    for a, b in spans:
+        start = a
+        while cut is not None and cut[1] <= start:
+            cut = next(cuts, None)
+        while cut is not None and cut[0] < b:
+            if cut[0] > start:
+                left.append((start, cut[0]))
+            start = max(start, cut[1])
+            if cut[1] > b:
+                break
+            cut = next(cuts, None)
+        if start < b:
+            left.append((start, b))
+    return left

@@ -1,0 +1,59 @@
+"""A journal row in memory: the events of one frame, as opaque bytes."""
+
+from __future__ import annotations
+
+import msgspec
+
+from mphub.events import Event, EventId
+from mphub.wire.frames import Batch, Extra, split
+
+
+class Row:
+    """A row that somebody's window holds; ``header`` is its publisher's, ready to be passed on."""
+
+    __slots__ = ("__weakref__", "batch", "body", "count", "epoch", "header", "id", "single")
+
+    def __init__(self, number: int, epoch: int, batch: Batch, header: bytes, body: bytes, *, single: bool = False) -> None:
+        self.id, self.epoch, self.batch, self.header, self.body, self.single = number, epoch, batch, header, body, single
+        self.count = batch.count
+
+    def key(self, index: int) -> str:
+        return key_of(self.batch, index)
+
+    def event(self, index: int) -> bytes:
+        """Return the pickle of one event (empty if it is a blob)."""
+        return b"" if self.batch.blob else split(self.body)[index]
+
+    def only(self, index: int) -> Batch:
+        """Return the header of one event alone."""
+        extras = self.batch.extras or {}
+        return msgspec.structs.replace(
+            self.batch,
+            number=self.batch.number + index,
+            runs=[(self.key(index), 1)],
+            extras={0: extras[index]} if index in extras else None,
+            size=self.size_each,
+        )
+
+    @property
+    def size_each(self) -> int:
+        return self.batch.size // self.count if self.count else 0
+
+
+def key_of(batch: Batch, index: int) -> str:
+    """Return the key of one event of a batch."""
+    for key, count in batch.runs:
+        if index < count:
+            return key
+        index -= count
+    raise IndexError(index)
+
+
+def event_of(batch: Batch, index: int, payload: object, attempt: int) -> Event:
+    """Describe one event of a batch as handlers see it."""
+    extra = (batch.extras or {}).get(index, Extra())
+    return Event(
+        id=EventId.make(batch.publisher, batch.number + index), key=key_of(batch, index), payload=payload,
+        ordering_key=extra.ordering_key, priority=0, headers=extra.headers or {}, published_at=batch.published_at,
+        attempt=attempt, replica=0, cancelled=False,
+    )  # fmt: skip

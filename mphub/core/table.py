@@ -1,0 +1,68 @@
+"""The routing table: which subscribers a key is for."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+S = TypeVar("S")
+MAX_CACHED = 65_536
+
+
+class _Node(Generic[S]):
+    __slots__ = ("here", "next")
+
+    def __init__(self) -> None:
+        self.next: dict[str, _Node[S]] = {}
+        self.here: list[tuple[int, S]] = []
+
+
+class RoutingTable(Generic[S]):
+    """A trie over tokens behind a bounded cache: a known key costs one dictionary lookup, however many patterns there are."""
+
+    def __init__(self) -> None:
+        self._root: _Node[S] = _Node()
+        self._entries: list[tuple[str, S]] = []
+        self._order = 0
+        self._cache: dict[str, tuple[S, ...]] = {}
+
+    def add(self, pattern: str, subscriber: S) -> None:
+        self._entries.append((pattern, subscriber))
+        self._insert(pattern, subscriber)
+        self._cache.clear()
+
+    def remove(self, subscriber: S) -> None:
+        """Take out all patterns of a subscriber."""
+        entries = [entry for entry in self._entries if entry[1] is not subscriber]
+        self._entries, self._root, self._order = entries, _Node(), 0
+        for pattern, other in entries:
+            self._insert(pattern, other)
+        self._cache.clear()
+
+    def match(self, key: str) -> tuple[S, ...]:
+        """Return the subscribers of a key, each once, in the order of addition."""
+        found = self._cache.get(key)
+        if found is None:
+            if len(self._cache) >= MAX_CACHED:
+                self._cache.clear()
+            found = self._cache[key] = self._search(key.split("."))
+        return found
+
+    def patterns(self) -> list[tuple[str, S]]:
+        return list(self._entries)
+
+    def _insert(self, pattern: str, subscriber: S) -> None:
+        node = self._root
+        for token in pattern.split("."):
+            node = node.next.setdefault(token, _Node())
+        node.here.append((self._order, subscriber))
+        self._order += 1
+
+    def _search(self, tokens: list[str]) -> tuple[S, ...]:
+        found: list[tuple[int, S]] = []
+        level = [self._root]
+        for token in tokens:
+            found += [entry for node in level if ">" in node.next for entry in node.next[">"].here]
+            level = [child for node in level for name in (token, "*") if (child := node.next.get(name))]
+        found += [entry for node in level for entry in node.here]
+        unique = {id(subscriber): subscriber for _, subscriber in sorted(found, key=lambda entry: entry[0])}
+        return tuple(unique.values())

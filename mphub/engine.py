@@ -1,0 +1,316 @@
+"""What a hub runs on: its own processes, or the caller's thread. Both answer the same questions."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import TimeoutError as WaitTimeout
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from mphub.connection import Address, connection_to, drop_connection
+from mphub.errors import DrainTimeout, HubError, RemoteTraceback, SubscriberFatal, SubscriberPaused
+from mphub.events import DeadLetter, EventId, Progress
+from mphub.observe.console import Console
+from mphub.observe.statistics import HubStatistics, SubscriberStatistics, percentiles
+from mphub.options import Stop
+from mphub.procs import boot
+from mphub.procs.client import Client
+from mphub.procs.inline import Inline
+from mphub.reply import Reply
+from mphub.store.blobs import Blobs
+from mphub.store.journal import Dead
+from mphub.wire import codec
+from mphub.wire.frames import Extra, decoder
+from mphub.wire.specs import Spec
+
+KEPT_PAYLOADS = 16 << 20
+"""Bytes of dead letters' payloads that outlive an in-memory hub."""
+Watcher = bool | Callable[[Progress], None]
+_dead = decoder(Dead)
+
+
+class Engine(Protocol):
+    """What the hub object asks."""
+
+    def subscribe(self, spec: Spec) -> None: ...
+    def unsubscribe(self, name: str, *, drain: bool) -> None: ...
+    def restart(self, name: str) -> None: ...
+    def state_of(self, name: str) -> tuple[str, bytes, str]: ...
+    def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]: ...
+    def error_of(self, error: bytes, trace: str) -> BaseException | None: ...
+    def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId: ...
+    def request(self, key: str, payload: object, target: str) -> Reply[Any]: ...
+    def drain(self, timeout: float | None, progress: Watcher) -> None: ...
+    def statistics(self) -> HubStatistics: ...
+    def dead_letters(self, name: str | None) -> list[DeadLetter]: ...
+    def redrive(self, name: str | None, ids: Collection[int] | None) -> int: ...
+    def purge(self, name: str | None, ids: Collection[int] | None) -> int: ...
+    def stop_subscribers(self) -> int: ...
+    def close(self) -> None: ...
+
+
+class ProcessEngine:
+    """The hub's own processes."""
+
+    def __init__(self, address: Address, max_bytes: int, stop: Stop, console: Console) -> None:
+        self.address, self.stop = address, stop
+        boot.sweep(Path(address.folder).parent)
+        self.client = Client(address, max_bytes, stop.ask, stop.term, console.hear)
+        self.blobs = Blobs(f"{address.folder}/blobs", int.from_bytes(address.token[:8], "big"))
+
+    def subscribe(self, spec: Spec) -> None:
+        data, blob = self.blobs.spill(spec.handler)
+        self.client.call("subscribe", spec=msgspec.msgpack.encode(msgspec.structs.replace(spec, handler=data, handler_blob=blob)))
+
+    def unsubscribe(self, name: str, *, drain: bool) -> None:
+        connection_to(self.address).flush()
+        self.client.call("stop_routing", name=name)
+        while drain and self.state_of(name)[0] not in ("FATAL", "STOPPED") and self._left(name):
+            time.sleep(0.01)
+        self.client.call("unsubscribe", name=name)
+
+    def _left(self, name: str) -> int:
+        found = self.statistics().subscribers[name]
+        return found.waiting + found.running
+
+    def restart(self, name: str) -> None:
+        self.client.call("restart", name=name)
+
+    def state_of(self, name: str) -> tuple[str, bytes, str]:
+        return self.client.states.get(name, ("STARTING", b"", ""))
+
+    def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]:
+        return self.client.wait_for_state(name, lambda state: state in ("RUNNING", "FATAL", "STOPPED"), timeout)
+
+    def error_of(self, error: bytes, trace: str) -> BaseException | None:
+        return codec.decode_error(error, trace) if error else RemoteTraceback(trace) if trace else None
+
+    def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId:
+        return connection_to(self.address).publish(key, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
+
+    def request(self, key: str, payload: object, target: str) -> Reply[Any]:
+        return connection_to(self.address).request(key, payload, target)
+
+    def drain(self, timeout: float | None, progress: Watcher) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        connection_to(self.address).flush(timeout)
+        future = self.client.ask("drain")
+        with watching(progress) as tell:
+            began = time.monotonic()
+            while True:
+                left = 0.1 if tell is not None else 3600.0
+                if deadline is not None:
+                    left = min(left, max(0.0, deadline - time.monotonic()))
+                with contextlib.suppress(WaitTimeout):
+                    result = future.result(left)
+                    break
+                if tell is not None:
+                    tell(progress_of(self.statistics(), began))
+                if deadline is not None and time.monotonic() >= deadline:
+                    self._time_is_up(timeout)
+            if tell is not None:
+                tell(progress_of(self.statistics(), began))
+        for name, status in result["statuses"].items():
+            raise (SubscriberFatal if status == "FATAL" else SubscriberPaused)(name)
+
+    def _time_is_up(self, timeout: float | None) -> None:
+        pending = {n: s.waiting + s.running for n, s in self.statistics().subscribers.items() if s.waiting + s.running}
+        words = ", ".join(f"{name}: {count}" for name, count in pending.items())
+        raise DrainTimeout(f"not drained within {timeout} s; still to be handled: {words or 'nothing any more'}", pending)
+
+    def statistics(self) -> HubStatistics:
+        found = self.client.call("statistics")
+        subscribers = {name: statistics_of(counters) for name, counters in found["subscribers"].items()}
+        return HubStatistics(found["accepted"], sum(found["unmatched"].values()), found["pids"], subscribers)
+
+    def dead_letters(self, name: str | None) -> list[DeadLetter]:
+        letters: list[DeadLetter] = []
+        after, room = 0, KEPT_PAYLOADS
+        while True:
+            page = self.client.call("dead_letters", name=name, after=after)
+            for data in page["letters"]:
+                letter = letter_of(_dead.decode(data), self.blobs, room)
+                room -= len(letter._payload)
+                letters.append(letter)
+            after = page["next"]
+            if not after:
+                return letters
+
+    def redrive(self, name: str | None, ids: Collection[int] | None) -> int:
+        return int(self.client.call("redrive", name=name, ids=packed(ids)))
+
+    def purge(self, name: str | None, ids: Collection[int] | None) -> int:
+        return int(self.client.call("purge", name=name, ids=packed(ids)))
+
+    def stop_subscribers(self) -> int:
+        """End the subscribers; return how many events are given up."""
+        with contextlib.suppress(Exception):  # what cannot be flushed any more is in the log
+            connection_to(self.address).flush(self.stop.ask)
+        self.client.call("stop_subscribers")
+        return int(self.client.call("give_up", reason="stopped"))
+
+    def close(self) -> None:
+        self.client.close()
+        drop_connection(self.address)
+
+
+class InlineEngine:
+    """The caller's thread."""
+
+    def __init__(self, max_bytes: int, console: Console, *, propagate: bool) -> None:
+        self.inline = Inline(max_bytes, propagate=propagate)
+        self.console = console
+
+    def subscribe(self, spec: Spec) -> None:
+        self.inline.subscribe(spec)
+
+    def unsubscribe(self, name: str, *, drain: bool) -> None:
+        self.inline.unsubscribe(name)
+
+    def restart(self, name: str) -> None:
+        """There is no process to restart."""
+
+    def state_of(self, name: str) -> tuple[str, bytes, str]:
+        return ("RUNNING", b"", "")
+
+    def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]:
+        return ("RUNNING", b"", "")
+
+    def error_of(self, error: bytes, trace: str) -> BaseException | None:
+        return None
+
+    def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId:
+        extra = Extra(ordering_key, headers) if ordering_key is not None or headers else None
+        try:
+            return self.inline.send(key, codec.encode(payload), extra, strict=confirm)
+        finally:
+            self._tell()
+
+    def request(self, key: str, payload: object, target: str) -> Reply[Any]:
+        try:
+            return self.inline.request(key, payload, target)
+        finally:
+            self._tell()
+
+    def drain(self, timeout: float | None, progress: Watcher) -> None:
+        self.inline.work_off()
+
+    def _tell(self) -> None:
+        """Tell what the user was not told by an exception."""
+        news, self.inline.exchange.news = self.inline.exchange.news, []
+        for one in news:
+            if one.kind == "unmatched" or not self.inline.propagate:
+                self.console.notice(one.kind, one.subscriber, one.message, {"first": True, **one.details})
+
+    def statistics(self) -> HubStatistics:
+        exchange = self.inline.exchange
+        subscribers = {}
+        for name, box in exchange.boxes.items():
+            counters = msgspec.structs.asdict(box.counters)
+            del counters["pending"]
+            state = {"state": box.status, "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0, "samples": list(box.samples)}
+            subscribers[name] = statistics_of({**counters, **state, "unfinished": box.unfinished, "running": 0})
+        return HubStatistics(exchange.accepted, sum(exchange.unmatched.values()), {}, subscribers)
+
+    def dead_letters(self, name: str | None) -> list[DeadLetter]:
+        with self.inline.exchange.turn():
+            page, _ = self.inline.exchange.letters.page(name, 0, limit=1 << 62)
+        return [letter_of(_dead.decode(data), self.inline.exchange.blobs, KEPT_PAYLOADS) for data in page]
+
+    def redrive(self, name: str | None, ids: Collection[int] | None) -> int:
+        with self.inline.exchange.turn():
+            moved = self.inline.exchange.letters.redrive(name, None if ids is None else set(ids))
+        self.inline.work_off()
+        return moved
+
+    def purge(self, name: str | None, ids: Collection[int] | None) -> int:
+        with self.inline.exchange.turn():
+            return self.inline.exchange.letters.purge(name, None if ids is None else set(ids))
+
+    def stop_subscribers(self) -> int:
+        return self.inline.stop()
+
+    def close(self) -> None:
+        self.inline.exchange.journal.close()
+
+
+def statistics_of(counters: dict[str, Any]) -> SubscriberStatistics:
+    """Build the public figures from the router's counters and the supervisor's states."""
+    handled, samples = counters["handled"] + counters["failed"], counters.pop("samples")
+    p50, p95, p99 = percentiles(samples)
+    unfinished, seconds = counters.pop("unfinished"), counters.pop("seconds")
+    counters["pids"] = tuple(counters["pids"])
+    waiting = unfinished - counters["running"]
+    return SubscriberStatistics(**counters, waiting=waiting, mean=seconds / handled if handled else 0.0, p50=p50, p95=p95, p99=p99)
+
+
+def letter_of(dead: Dead, blobs: Blobs, room: int) -> DeadLetter:
+    """Build a public dead letter; its payload is kept if there is room for it."""
+    batch = dead.batch
+    payload: bytes | memoryview = dead.body
+    if batch.blob is not None:
+        with contextlib.suppress(OSError):
+            payload = bytes(blobs.read(batch.blob)) if batch.size <= room else codec.encode(None)
+    return DeadLetter(
+        id=EventId.make(batch.publisher, batch.number), key=batch.runs[0][0], subscriber=dead.subscriber, reason=dead.reason,
+        attempts=dead.attempts, traceback=dead.traceback, exit=dead.exit, pid=dead.pid, at=dead.at, rss=dead.rss,
+        stderr=dead.stderr, told=dead.told, _payload=payload, _error=dead.error,
+    )  # fmt: skip
+
+
+def packed(ids: Collection[int] | None) -> list[bytes] | None:
+    if ids is None:
+        return None
+    if not all(isinstance(i, int) for i in ids):
+        raise HubError(f"ids: got {ids!r:.80}; expected EventIds, as in dead_letter.id")
+    return [int(i).to_bytes(16, "big") for i in ids]
+
+
+def progress_of(statistics: HubStatistics, began: float) -> Progress:
+    subscribers = statistics.subscribers.values()
+    done = sum(s.handled + s.dead + sum(s.dropped.values()) for s in subscribers)
+    rate = done / max(1e-3, time.monotonic() - began)
+    return Progress(done, sum(s.accepted for s in subscribers), sum(s.dead for s in subscribers), rate)
+
+
+@contextlib.contextmanager
+def watching(progress: Watcher) -> Any:
+    """Yield what tells progress, or None: a callable, a bar on a terminal with rich, else a line every 10 s."""
+    if not progress:
+        yield None
+    elif callable(progress):
+        yield progress
+    elif sys.stderr.isatty() and (bar := rich_bar()) is not None:
+        task = bar.add_task("events", total=None)
+        with bar:
+            yield lambda p: bar.update(task, completed=p.done, total=p.total)
+    else:
+        yield Lines()
+
+
+class Lines:
+    """Prints how far it is, every 10 s."""
+
+    def __init__(self) -> None:
+        self.next = time.monotonic() + 10.0
+
+    def __call__(self, progress: Progress) -> None:
+        if time.monotonic() >= self.next:
+            self.next += 10.0
+            print(f"mphub: {progress.done:,} of {progress.total:,}, {progress.dead:,} dead, {progress.rate:,.0f}/s", file=sys.stderr)
+
+
+def rich_bar() -> Any:
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    except ImportError:
+        return None
+    from rich.console import Console as RichConsole
+
+    return Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=RichConsole(stderr=True))
+

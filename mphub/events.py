@@ -1,0 +1,140 @@
+"""What users see of events: keys with a type, events, dead letters, notices."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from mphub.errors import RemoteError, RemoteTraceback
+
+T = TypeVar("T")
+
+
+class Topic(Generic[T]):
+    """A key or pattern tied to the type of its payloads: ``Topic("orders.created", Order)``."""
+
+    def __init__(self, key: str, payload_type: type[T] | None = None) -> None:
+        self.key = key
+        self.payload_type = payload_type
+
+    def __str__(self) -> str:
+        return self.key
+
+    def __repr__(self) -> str:
+        return f"Topic({self.key!r}{f', {self.payload_type.__name__}' if self.payload_type else ''})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Topic) and (self.key, self.payload_type) == (other.key, other.payload_type)
+
+    def __hash__(self) -> int:
+        return hash((self.key, self.payload_type))
+
+    def _in(self, payload: T) -> T:  # uses T both ways, which makes it invariant
+        return payload
+
+
+class EventId(int):
+    """64 random bits of the publisher << 40 | its running number; shown as hex, stable over retry, redelivery and redrive."""
+
+    __slots__ = ()
+
+    @classmethod
+    def make(cls, publisher: int, number: int) -> EventId:
+        return cls(publisher << 40 | number)
+
+    @property
+    def publisher(self) -> int:
+        return int(self) >> 40
+
+    @property
+    def number(self) -> int:
+        return int(self) & ((1 << 40) - 1)
+
+    def __str__(self) -> str:
+        return f"{int(self):026x}"
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """The event that a handler is handling."""
+
+    id: EventId
+    key: str
+    payload: Any
+    ordering_key: str | None
+    priority: int
+    headers: dict[str, str]
+    published_at: float
+    """Seconds since the epoch, by the publisher's clock."""
+    attempt: int
+    """1 for the first run."""
+    replica: int
+    cancelled: bool
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """An event that was given up, with why. Its payload and error are unpickled when looked at."""
+
+    id: EventId
+    key: str
+    subscriber: str
+    reason: str
+    """exception, rejected, crash, timeout, overflow."""
+    attempts: int
+    traceback: str
+    exit: str | int | None
+    """Signal by name or exit code of the process that died."""
+    pid: int | None
+    at: float
+    rss: int | None
+    """Bytes, at the death."""
+    stderr: str
+    told: bool
+    """Its failure was raised to the caller (inline engine)."""
+    _payload: bytes | memoryview = field(repr=False)
+    _error: bytes = field(repr=False)
+
+    @property
+    def payload(self) -> Any:
+        return pickle.loads(self._payload)
+
+    @property
+    def error(self) -> BaseException | None:
+        """The exception, or RemoteError with its text if it cannot be loaded here."""
+        if not self._error:
+            return None
+        try:
+            error = pickle.loads(self._error)
+        except Exception as reason:
+            last = self.traceback.strip().rpartition("\n")[2]
+            error = RemoteError(last or f"cannot be loaded here: {reason}")
+        error.__cause__ = RemoteTraceback(self.traceback)
+        return error  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that whoever operates a hub wants to know."""
+
+    kind: str
+    """death, FATAL, held, unmatched, ..."""
+    severity: str
+    """info, warning, error, critical."""
+    subscriber: str | None
+    message: str
+    at: float
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a drain is: events done of total, dead ones, events a second."""
+
+    done: int
+    total: int
+    dead: int
+    rate: float

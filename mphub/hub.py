@@ -1,0 +1,540 @@
+"""The hub: what a program makes, subscribes to, publishes to, drains and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import FrameType, TracebackType
+from typing import Any, TypeVar, overload
+
+from mphub.connection import Address, connection_to
+from mphub.core.keys import check_key, matches, nearest
+from mphub.engine import Engine, InlineEngine, ProcessEngine
+from mphub.errors import (
+    AmbiguousKey,
+    DeadLettersLeft,
+    HubClosed,
+    HubError,
+    InvalidOption,
+    NameTaken,
+    NoSubscriber,
+    StartFailed,
+)
+from mphub.events import DeadLetter, EventId, Notice, Progress, Topic
+from mphub.observe.console import Console, farewell, log
+from mphub.observe.statistics import HubStatistics
+from mphub.options import Inbox, Limits, Restart, Retry, Snapshot, Stop, check_choice, parse_share
+from mphub.procs import boot, handlers
+from mphub.publisher import HubQueue, Publisher, Transaction, check_headers, str_of
+from mphub.reply import Reply, Results
+from mphub.subscriber import Subscriber, holder, inside, is_importing
+from mphub.subscribing import Handler, make_spec, refuse_unavailable
+from mphub.subscription import Subscription
+
+T = TypeVar("T")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., object] | type[Subscriber[Any, Any]])
+Keys = str | Topic[Any] | Sequence[str | Topic[Any]]
+
+
+class EventHub:
+    """Routes events from publishers to subscribers, each a process of its own.
+
+    No side effect before ``start()`` or ``with``; thread-safe; pickles as a handle to itself that can publish.
+
+    path: a folder for a durable journal (not available yet). name: shown in messages. engine: ``process`` or ``inline``.
+    max_bytes: bound of journal and blobs together, a size or a percentage of the memory that holds them. unmatched: ``warn`` or
+    ``ignore`` for events that nobody subscribes to. check: leaving ``with`` raises DeadLettersLeft. propagate: inline publishes raise the
+    handler's exception (default there).
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        name: str | None = None,
+        engine: str = "process",
+        max_bytes: int | str = "25%",
+        unmatched: str = "warn",
+        check: bool = True,
+        propagate: bool | None = None,
+        stop: Stop = Stop(ask=5.0, term=2.0),  # noqa: B008 (frozen)
+        codec: str = "pickle",
+        initializer: None = None,
+        durability: str = "process",
+        retention: None = None,
+        notify: Sequence[str] = (),
+        dashboard: None = None,
+    ) -> None:
+        refuse_unavailable(path=(path, None), codec=(codec, "pickle"), initializer=(initializer, None), durability=(durability, "process"))
+        refuse_unavailable(retention=(retention, None), notify=(tuple(notify), ()), dashboard=(dashboard, None))
+        check_choice("EventHub", "engine", engine, ("process", "inline"))
+        check_choice("EventHub", "unmatched", unmatched, ("warn", "ignore"))
+        if propagate and engine != "inline":
+            raise InvalidOption("EventHub(propagate): got True with engine='process'; only the inline engine can raise a handler's exception from publish")
+        parent, self._is_small = boot.runtime_parent()
+        self.name = name if name is not None else f"{os.path.basename(sys.argv[0] or 'python')}-{os.getpid()}"
+        self._kind, self._check, self._stop, self._unmatched = engine, check, stop, unmatched
+        self._max_bytes = parse_share(max_bytes, boot.capacity(parent))
+        self._propagate = engine == "inline" if propagate is None else propagate
+        folder = parent / f"mphub-{os.getuid()}-{os.urandom(4).hex()}"
+        self._address = Address(str(folder), os.urandom(16), self.name)
+        self._console = Console(unmatched)
+        self._subscriptions: dict[str, Subscription[Any, Any]] = {}
+        self._engine: Engine | None = None
+        self._final: tuple[HubStatistics, list[DeadLetter]] | None = None
+        self._given_up = 0
+        self._lock = threading.RLock()
+        self._pid: int | None = os.getpid()
+
+    def __repr__(self) -> str:
+        state = "running" if self._engine else "stopped" if self._final else "not started"
+        return f"<EventHub {self.name!r} ({self._kind}, {state}, {len(self._subscriptions)} subscribers)>"
+
+    def __reduce__(self) -> tuple[Callable[[Address], EventHub], tuple[Address]]:
+        if self._kind == "inline":
+            raise HubError("an inline hub lives in one process: it cannot be sent to another; use engine='process'")
+        return _handle, (self._address,)
+
+    # -- life
+
+    def start(self, *, wait: bool = True, timeout: float | None = None) -> None:
+        """Start the hub's processes; with ``wait`` return when every subscriber is RUNNING. Seconds.
+
+        Raises StartFailed (its cause has the child's traceback) when one is FATAL first, TimeoutError.
+        """
+        self._must_own("start")
+        with self._lock:
+            if self._engine is not None:
+                raise HubError(f"hub {self.name!r} is running already: call start() once, or stop() first")
+            self._final, self._given_up = None, 0
+            if self._is_small and self._kind == "process":
+                self._console.notice("fallback", None, f"/dev/shm has less than {boot.SMALL >> 20} MB free: the hub's files go to {self._address.folder}", {})
+            self._engine = self._make_engine()
+            atexit.register(self._stop_at_exit)
+            for subscription in list(self._subscriptions.values()):
+                self._engine.subscribe(subscription._spec)
+        if wait:
+            self._wait_all(timeout)
+
+    def _make_engine(self) -> Engine:
+        if self._kind == "inline":
+            return InlineEngine(self._max_bytes, self._console, propagate=self._propagate)
+        return ProcessEngine(self._address, self._max_bytes, self._stop, self._console)
+
+    def _wait_all(self, timeout: float | None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            for name in list(self._subscriptions):
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                self._wait_ready(name, left)
+        except BaseException:
+            self.stop(drain=False)
+            raise
+
+    def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Drain (unless told not to, at most ``timeout`` seconds), end all processes, keep the final figures.
+
+        Raises what ``drain`` raises, after everything has been stopped.
+        """
+        self._must_own("stop")
+        with self._lock:
+            engine = self._engine
+            if engine is None:
+                return
+            try:
+                if drain:
+                    self.drain(timeout)
+            finally:
+                atexit.unregister(self._stop_at_exit)
+                self._end(engine)
+
+    def _end(self, engine: Engine) -> None:
+        """Stop the subscribers, take the final figures, end the rest."""
+        try:
+            with contextlib.suppress(HubClosed):
+                self._given_up = engine.stop_subscribers()
+                self._final = (engine.statistics(), engine.dead_letters(None))
+        finally:
+            self._engine = None
+            engine.close()
+        if self._final is not None:
+            farewell(self.name, self._final[0], self._given_up)
+
+    def _stop_at_exit(self) -> None:
+        """An unstopped hub is stopped without drain at interpreter exit."""
+        if self._pid == os.getpid() and self._engine is not None:
+            self.stop(drain=False)
+
+    def __enter__(self) -> EventHub:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self.stop(drain=False)
+            return
+        self.stop()
+        if self._check:
+            self._raise_dead_letters()
+
+    async def __aenter__(self) -> EventHub:
+        await asyncio.to_thread(self.start)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await asyncio.to_thread(self.__exit__, kind, error, trace)
+
+    def _raise_dead_letters(self) -> None:
+        assert self._final is not None
+        counts: dict[str, dict[str, int]] = {}
+        first: DeadLetter | None = None
+        for letter in self._final[1]:
+            if letter.told:
+                continue
+            first = first or letter
+            reasons = counts.setdefault(letter.subscriber, {})
+            reasons[letter.reason] = reasons.get(letter.reason, 0) + 1
+        if counts:
+            raise DeadLettersLeft(counts, {}) from (first.error if first else None)
+
+    def run(self, *, drain_timeout: float = 30.0) -> int:
+        """Start, then serve until SIGINT or SIGTERM: the first drains, the second stops now. Return the exit code.
+
+        For supervisor scripts: ``sys.exit(hub.run())``, in the main thread. Signal handlers are given back.
+        """
+        asked: list[int] = []
+
+        def ask(number: int, _: FrameType | None) -> None:
+            asked.append(number)
+            if len(asked) > 1:
+                raise KeyboardInterrupt
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            if self._engine is None:
+                self.start(wait=False)
+            while not asked and self._engine is not None:
+                signal.sigtimedwait((), 0.2)
+            self.stop(timeout=drain_timeout)
+        except (KeyboardInterrupt, HubError, TimeoutError) as error:
+            if not isinstance(error, KeyboardInterrupt):
+                log.error("%s", error)
+            self.stop(drain=False)
+            return 130 if isinstance(error, KeyboardInterrupt) else 1
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return 0
+
+    def drain(self, timeout: float | None = None, *, progress: bool | Callable[[Progress], None] = False) -> HubStatistics:
+        """Wait until what was accepted before, and all that follows from it, is handled, dead or dropped. Seconds.
+
+        ``progress``: True for a bar (rich) or lines, or a callable taking ``Progress``, ten times a second at most.
+        Raises SubscriberFatal or SubscriberPaused if such a one has work left, after all else is done; DrainTimeout.
+        """
+        self._must_own("drain")
+        engine = self._running("drain")
+        engine.drain(timeout, progress)
+        return engine.statistics()
+
+    # -- subscribing
+
+    @overload
+    def subscribe(self, keys: Topic[T], handler: Callable[[T], R] | type[Subscriber[T, R]] | Subscriber[T, R], **options: Any) -> Subscription[T, R]: ...
+    @overload
+    def subscribe(self, keys: Keys, handler: Callable[[T], R] | type[Subscriber[T, R]] | Subscriber[T, R], **options: Any) -> Subscription[T, R]: ...
+    @overload
+    def subscribe(self, keys: Keys, handler: str, **options: Any) -> Subscription[Any, Any]: ...
+    def subscribe(
+        self,
+        keys: Any,
+        handler: Any,
+        *,
+        name: str | None = None,
+        to: str | Topic[Any] | None = None,
+        retry: Retry = Retry(),  # noqa: B008 (frozen)
+        restart: Restart = Restart(),  # noqa: B008
+        inbox: Inbox = Inbox(),  # noqa: B008
+        limits: Limits = Limits(),  # noqa: B008
+        snapshot: Snapshot | None = None,
+        replicas: int = 1,
+        ordered: bool = False,
+        concurrency: int = 1,
+        process: str | None = None,
+        batch: None = None,
+        where: None = None,
+        rate: None = None,
+        recycle: None = None,
+        env: Mapping[str, str] | None = None,
+        replace: bool = False,
+        start: str = "new",
+    ) -> Subscription[Any, Any]:
+        """Let a handler have the events of some keys or patterns; on a running hub return when the router has it.
+
+        Raises InvalidKey, InvalidOption, PayloadError (the handler cannot be pickled), NameTaken.
+        """
+        refuse_unavailable(replicas=(replicas, 1), ordered=(ordered, False), concurrency=(concurrency, 1), process=(process, None))
+        refuse_unavailable(batch=(batch, None), where=(where, None), rate=(rate, None), recycle=(recycle, None))
+        refuse_unavailable(env=(env or None, None), replace=(replace, False), start=(start, "new"))
+        if not (holder.context is not None and self._engine is None and is_importing()):
+            self._must_own("subscribe")
+        with self._lock:
+            spec = make_spec(keys, handler, self._free_name(handler, name), to, retry, restart, inbox, limits, snapshot)
+            subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
+            self._subscriptions[spec.name] = subscription
+            if self._engine is not None:
+                try:
+                    self._engine.subscribe(spec)
+                except BaseException:
+                    del self._subscriptions[spec.name]
+                    raise
+        return subscription
+
+    def subscriber(self, keys: Keys, **options: Any) -> Callable[[F], F]:
+        """Subscribe the decorated function or class, which stays what it is."""
+
+        def decorate(handler: F) -> F:
+            self.subscribe(keys, handler, **options)
+            return handler
+
+        return decorate
+
+    def _free_name(self, handler: Handler, name: str | None) -> str:
+        if name is not None:
+            if name in self._subscriptions:
+                raise NameTaken(f"name: {name!r} is subscribed already: choose another, or unsubscribe that one first")
+            return name
+        handlers.check_handler(handler)
+        base = handlers.default_name(handler)
+        taken = self._subscriptions.get(base)
+        if taken is None:
+            return base
+        nameless = isinstance(handler, str) or getattr(handler, "__name__", "<lambda>") == "<lambda>"
+        if taken._handler is not handler and not nameless:
+            raise NameTaken(f"name: another handler is subscribed as {base!r}: pass name= to tell them apart")
+        number = 2
+        while f"{base}-{number}" in self._subscriptions:
+            number += 1
+        return f"{base}-{number}"
+
+    @property
+    def subscriptions(self) -> Mapping[str, Subscription[Any, Any]]:
+        """All subscriptions by name."""
+        return dict(self._subscriptions)
+
+    def subscription(self, name_or_handler: object) -> Subscription[Any, Any]:
+        """Return a subscription by name or handler.
+
+        Raises LookupError with the nearest name.
+        """
+        for subscription in self._subscriptions.values():
+            if name_or_handler in (subscription.name, subscription._handler) or name_or_handler is subscription._handler:
+                return subscription
+        near = nearest(str(name_or_handler), self._subscriptions)
+        raise NoSubscriber(f"no subscription {name_or_handler!r}" + (f"; did you mean {near!r}?" if near else f"; there are: {', '.join(self._subscriptions) or 'none'}"))
+
+    def subscribers(self, key: str | Topic[Any]) -> list[str]:
+        """Return the names of those whose patterns match a key."""
+        return [s.name for s in self._matching(check_key(str_of(key)))]
+
+    def _matching(self, key: str) -> list[Subscription[Any, Any]]:
+        return [s for s in self._subscriptions.values() if any(matches(pattern, key) for pattern in s.keys)]
+
+    # -- publishing
+
+    @overload
+    def publish(self, key: Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False, confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None) -> EventId: ...
+    @overload
+    def publish(self, key: str, payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False, confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None) -> EventId: ...
+    def publish(
+        self, key: Any, payload: Any, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False,
+        confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None,
+    ) -> EventId:  # fmt: skip
+        """Publish one event; pipelined unless ``confirm``. Inside a handler it is committed with the ack (``now=True``: at once).
+
+        Raises InvalidKey, PayloadError, HubClosed; with ``confirm`` NoSubscriber.
+        """
+        if priority or delay or expires is not None:
+            refuse_unavailable(priority=(priority, 0), delay=(delay, 0.0), expires=(expires, None))
+        name = check_key(str_of(key))
+        context = inside()
+        if context is not None:
+            if confirm:
+                raise HubError("publish(confirm=True) inside a handler would wait for itself: what a handler publishes is committed with its ack")
+            return context.publish(name, payload, ordering_key=ordering_key, headers=check_headers(headers), now=now)
+        if self._engine is not None and self._pid == os.getpid():
+            return self._engine.publish(name, payload, ordering_key, check_headers(headers), confirm)
+        self._must_be_remote()
+        return connection_to(self._address).publish(name, payload, ordering_key=ordering_key, headers=check_headers(headers), confirm=confirm)
+
+    def publish_batch(self, key: str | Topic[T], payloads: Iterable[T]) -> int:
+        """Publish the payloads of an iterable one after the other, with bounded memory; return how many."""
+        count = 0
+        for payload in payloads:
+            self.publish(str_of(key), payload)
+            count += 1
+        return count
+
+    async def publish_async(self, key: str | Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, confirm: bool = False) -> EventId:
+        """Publish without blocking the running loop."""
+        if inside() is not None:
+            return self.publish(str_of(key), payload, ordering_key=ordering_key, headers=headers)
+        return await asyncio.to_thread(self.publish, str_of(key), payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
+
+    def transaction(self) -> Transaction:
+        """Collect events that are journaled together on leaving the ``with`` block, or not at all."""
+        return self.publisher().transaction()
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until everything that this process published is accepted; seconds.
+
+        Raises DrainTimeout, HubClosed, or what an event was refused for.
+        """
+        if inside() is not None:
+            raise HubError("flush() inside a handler would wait for itself: what a handler publishes is committed with its ack")
+        if self._kind == "process":
+            connection_to(self._address).flush(timeout)
+
+    def publisher(self) -> Publisher:
+        """Return a publisher that can be sent to any process."""
+        if self._kind == "inline":
+            raise HubError("an inline hub has no publishers in other processes: publish in this one, or use engine='process'")
+        return Publisher(self._address)
+
+    @property
+    def queue(self) -> HubQueue:
+        """The ingress with the interface of ``multiprocessing.Queue``: ``put((key, payload))``."""
+        self.publisher()
+        return HubQueue(self._address)
+
+    def attach(self, queue: Any) -> None:
+        """Read a stock queue of (key, payload) pairs in a thread of this process and publish what comes; None ends it."""
+        self._must_own("attach")
+        threading.Thread(target=self._read_queue, args=(queue,), name="mphub-attached", daemon=True).start()
+
+    def _read_queue(self, queue: Any) -> None:
+        while (item := queue.get()) is not None:
+            try:
+                key, payload = item
+                self.publish(key, payload)
+            except HubClosed:
+                return
+            except Exception as error:
+                log.error("an attached queue had %.80r, which cannot be published: %s", item, error)
+
+    # -- asking
+
+    def request(self, key: str | Topic[Any], payload: object, *, to: str | None = None, expires: float | None = None) -> Reply[Any]:
+        """Ask the one subscriber of a key that answers (``to=`` names one of several).
+
+        Raises NoSubscriber, AmbiguousKey. The reply ends with the handler's result or with why there is none.
+        """
+        refuse_unavailable(expires=(expires, None))
+        return self._request(check_key(str_of(key)), payload, to)
+
+    def _request(self, key: str, payload: object, to: str | None) -> Reply[Any]:
+        context = inside()
+        if context is not None:
+            return context.request(key, payload, to)
+        if self._engine is None or self._pid != os.getpid():
+            self._must_be_remote()
+            return connection_to(self._address).request(key, payload, to)
+        return self._engine.request(key, payload, self._answerer(key, to))
+
+    def _answerer(self, key: str, to: str | None) -> str:
+        if to is not None:
+            return self.subscription(to).name
+        answering = [s for s in self._matching(key) if s._spec.answers]
+        if len(answering) == 1:
+            return answering[0].name
+        if answering:
+            raise AmbiguousKey(f"{key!r} has several subscribers that answer: {', '.join(s.name for s in answering)}; choose one with to=")
+        near = nearest(key, [pattern for s in self._subscriptions.values() for pattern in s.keys])
+        raise NoSubscriber(f"no subscriber answers {key!r}" + (f" (nearest pattern: {near!r})" if near else ""))
+
+    def map(self, key: str | Topic[Any], payloads: Iterable[object], *, to: str | None = None) -> Results[Any]:
+        """Ask for each payload, a bounded number ahead; results in the order of the payloads."""
+        name = check_key(str_of(key))
+        return Results(lambda payload: self._request(name, payload, to), payloads)
+
+    # -- looking
+
+    def statistics(self) -> HubStatistics:
+        """Return the figures of now, or after ``stop()`` the final ones."""
+        if self._engine is None and self._final is not None:
+            return self._final[0]
+        return self._running("statistics").statistics()
+
+    def on_notice(self, callback: Callable[[Notice], None]) -> None:
+        """Call back with each notice (death, FATAL, held, unmatched, ...), in a thread of this process."""
+        self._console.callbacks.append(callback)
+
+    def dead_letters(self, name: str | None = None) -> list[DeadLetter]:
+        """Return dead letters, of one subscriber or all, oldest first."""
+        if self._engine is None and self._final is not None:
+            return [letter for letter in self._final[1] if name is None or letter.subscriber == name]
+        return self._running("dead_letters").dead_letters(name)
+
+    def redrive(self, name: str | None = None, ids: Collection[int] | None = None) -> int:
+        """Let dead letters wait again with a fresh count of attempts; return how many."""
+        return self._running("redrive").redrive(name, ids)
+
+    def purge(self, name: str | None = None, ids: Collection[int] | None = None) -> int:
+        """Drop dead letters, counted as ``purged``; return how many."""
+        return self._running("purge").purge(name, ids)
+
+    # -- for Subscription
+
+    def _state_of(self, name: str) -> str:
+        return self._engine.state_of(name)[0] if self._engine is not None else "STOPPED"
+
+    def _wait_ready(self, name: str, timeout: float | None) -> None:
+        state, error, trace = self._running("wait_ready").wait_ready(name, timeout)
+        if state != "RUNNING":
+            raise StartFailed(f"subscriber {name!r} is {state}: its process could not be set up") from self._running("start").error_of(error, trace)
+
+    def _restart(self, name: str) -> None:
+        self._running("restart").restart(name)
+
+    def _unsubscribe(self, name: str, *, drain: bool) -> None:
+        self._must_own("unsubscribe")
+        with self._lock:
+            if self._engine is not None:
+                self._engine.unsubscribe(name, drain=drain)
+            del self._subscriptions[name]
+
+    # -- where am I
+
+    def _running(self, what: str) -> Engine:
+        self._must_own(what)
+        if self._engine is None:
+            raise HubClosed(f"hub {self.name!r} is not running: {'it was stopped' if self._final else 'call start() or use with hub:'} before {what}()")
+        return self._engine
+
+    def _must_own(self, what: str) -> None:
+        """Refuse what only the hub's own process can do."""
+        context = inside()
+        if context is not None and (self._kind == "process" or what in ("start", "stop", "subscribe", "drain")):
+            raise HubError(f"this is subscriber {context.name!r}: {what}() does not work in a handler; publish, request and current_event do")
+        if self._pid != os.getpid():
+            raise HubError(f"this process has a handle of hub {self.name!r}, which publishes; {what}() works in the process that made the hub")
+
+    def _must_be_remote(self) -> None:
+        if self._pid == os.getpid():
+            raise HubClosed(f"hub {self.name!r} is not running: {'it was stopped' if self._final else 'call start() or use with hub:'}")
+
+
+
+def _handle(address: Address) -> EventHub:
+    """Make a hub object in another process: it publishes to the one at ``address``."""
+    hub = EventHub(name=address.name)
+    hub._address, hub._pid = address, None
+    return hub

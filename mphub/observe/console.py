@@ -1,0 +1,84 @@
+"""What a hub tells its user without any set-up: through ``logging``, whose last resort is stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mphub.events import Notice
+from mphub.observe.statistics import HubStatistics
+
+log = logging.getLogger("mphub")
+SEVERITY = {"death": "error", "FATAL": "critical", "held": "warning", "unmatched": "warning", "failure": "warning", "dead_letter": "warning"}
+LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL}
+
+
+class Console:
+    """Turns pushes of the hub's processes into log records, output lines and notices."""
+
+    def __init__(self, unmatched: str) -> None:
+        self.unmatched = unmatched
+        self.callbacks: list[Callable[[Notice], None]] = []
+
+    def hear(self, what: str, args: dict[str, Any]) -> None:
+        """Deal with one push; a callback's failure is logged and disturbs nobody."""
+        if what == "notice":
+            self.notice(**args)
+        elif what == "output":
+            self._output(**args)
+        elif what == "log":
+            logging.getLogger("mphub.router").log(LEVELS[args["level"]], args["message"])
+
+    def notice(self, kind: str, subscriber: str | None, message: str, details: dict[str, Any]) -> None:
+        notice = Notice(kind, SEVERITY.get(kind, "warning"), subscriber, message, time.time(), details)
+        self._log(notice)
+        for callback in self.callbacks:
+            try:
+                callback(notice)
+            except Exception:
+                log.exception("a callback of on_notice failed")
+
+    def _log(self, notice: Notice) -> None:
+        if notice.kind == "unmatched" and self.unmatched == "ignore":
+            return
+        name = f"mphub.subscriber.{notice.subscriber}" if notice.subscriber else "mphub"
+        logging.getLogger(name).log(LEVELS[notice.severity], text_of(notice))
+
+    def _output(self, subscriber: str, stream: str, lines: list[str]) -> None:
+        target = sys.stdout if stream == "out" else sys.stderr
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            target.write("".join(f"{line}\n" for line in lines))
+            target.flush()
+
+
+def text_of(notice: Notice) -> str:
+    """Put a notice into words."""
+    details, who = notice.details, notice.subscriber
+    if notice.kind == "failure":
+        more = f" (+{details['more']} more)" if details.get("more") else ""
+        head = f"{who}: event {details['id']} of key {details['key']!r} failed, attempt {details['attempt']}{more}"
+        return f"{head}:\n{notice.message.rstrip()}" if details.get("first") else f"{head}: {notice.message.rstrip().rpartition(chr(10))[2]}"
+    if notice.kind == "dead_letter":
+        more = f" (+{details['more']} more)" if details.get("more") else ""
+        return f"{who}: event {details['id']} of key {details['key']!r} is a dead letter: {notice.message} after {details['attempts']} attempts{more}"
+    trace = details.get("traceback")
+    head = f"{who}: {notice.message}" if who else notice.message
+    return f"{head}\n{trace.rstrip()}" if trace else head
+
+
+def farewell(name: str, statistics: HubStatistics, given_up: int) -> None:
+    """Say how it went, in one line: to the log, or to stderr if there is none."""
+    subscribers = statistics.subscribers.values()
+    line = (
+        f"mphub: hub {name!r} stopped: {sum(s.handled for s in subscribers):,} handled, {sum(s.dead for s in subscribers):,} dead, "
+        f"{statistics.unmatched:,} unmatched, {given_up:,} given up"
+    )
+    if log.hasHandlers():
+        log.info(line)
+    else:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(line, file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Who runs: one file per kind of process."""

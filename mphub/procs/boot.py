@@ -1,0 +1,150 @@
+"""From the hub's process to a supervisor: a fresh interpreter that never sees the user's script, and the runtime folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from mphub.errors import HubExists, StartFailed
+from mphub.procs import fork
+from mphub.connection import Address
+from mphub.store.journal import lock_file
+
+SMALL = 256 << 20
+"""Bytes that /dev/shm must have free to hold a hub's folder."""
+FRESH = 10.0
+"""Seconds for which a folder without an owner may still be getting one."""
+STARTED = b"started"
+
+
+class Charter(msgspec.Struct, frozen=True):
+    """What a supervisor is told, through a pipe: the token must not be seen in a process list."""
+
+    address: Address
+    hub_pid: int
+    hub_ticks: int
+    max_bytes: int
+    ask: float
+    term: float
+
+
+def runtime_parent() -> tuple[Path, bool]:
+    """Return where runtime folders go, and whether that is not shared memory because it is small."""
+    shm = Path("/dev/shm")
+    if shm.is_dir() and os.access(shm, os.W_OK):
+        space = os.statvfs(shm)
+        if space.f_bavail * space.f_frsize >= SMALL:
+            return shm, False
+    return Path(tempfile.gettempdir()), True
+
+
+def make_folder(folder: Path) -> None:
+    """Make a runtime folder that only this user can enter."""
+    folder.mkdir(mode=0o700)
+    for name in ("journal", "boards", "blobs", "logs", "children"):
+        (folder / name).mkdir(mode=0o700)
+
+
+def sweep(parent: Path) -> None:
+    """Remove the folders of this user's dead hubs, and what their subscribers had started."""
+    for folder in parent.glob(f"mphub-{os.getuid()}-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > FRESH and folder.stat().st_uid == os.getuid():
+                _sweep_one(folder)
+
+
+def _sweep_one(folder: Path) -> None:
+    try:
+        lock = lock_file(folder / "owner")
+    except BlockingIOError:
+        return  # its owner lives
+    with lock:
+        kill_recorded(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_recorded(folder: Path) -> None:
+    """Kill the sessions of all children that a dead supervisor has recorded."""
+    for record in (folder / "children").glob("*"):
+        with contextlib.suppress(OSError, ValueError):
+            pid, ticks = map(int, record.read_text().split())
+            if fork.start_ticks(pid) in (0, ticks):  # not a number that was given out anew
+                fork.kill_session(pid)
+
+
+def launch(charter: Charter) -> subprocess.Popen[bytes]:
+    """Start a supervisor and wait until it listens.
+
+    Raises StartFailed with its last words.
+    """
+    reader, writer = os.pipe()
+    answer, told = os.pipe()
+    root = str(Path(__file__).resolve().parents[2])
+    code = f"import sys; sys.path[:0] = [{root!r}]; from mphub.procs import boot; boot.main({reader}, {told})"
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    # not -m: that would run a selectors.py of the user's; not multiprocessing: that would run the user's script
+    command = [sys.executable, *flags, "-P", "-c", code, "mphub.procs.boot"]
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(reader, told), start_new_session=True)
+    finally:
+        os.close(reader)
+        os.close(told)
+    with os.fdopen(writer, "wb") as pipe:
+        pipe.write(msgspec.msgpack.encode((charter, sys.path)))
+    with os.fdopen(answer, "rb") as pipe:
+        said = pipe.read(len(STARTED))
+        if said != STARTED:
+            _explain(process, (said + pipe.read()).decode(errors="replace"))
+    return process
+
+
+def _explain(process: subprocess.Popen[bytes], said: str) -> None:
+    process.kill()
+    process.wait()
+    if said.startswith("exists"):
+        raise HubExists(said)
+    raise StartFailed(f"the hub's supervisor did not start (exit {process.returncode}): {said or 'it said nothing'}")
+
+
+def main(reader: int, told: int) -> None:
+    """Be the supervisor, in the fresh interpreter."""
+    with os.fdopen(reader, "rb") as pipe:
+        charter, path = msgspec.msgpack.decode(pipe.read(), type=tuple[Charter, list[str]])
+    sys.path[:] = [entry for entry in path if entry] + sys.path
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the hub's business
+    from mphub.procs.supervisor import Supervisor  # the template: what it imports, no child imports again
+
+    with os.fdopen(told, "wb", buffering=0) as pipe:
+        try:
+            supervisor = Supervisor(charter)
+        except BaseException as error:
+            pipe.write(f"{type(error).__name__}: {error}".encode())
+            raise SystemExit(1) from None
+        pipe.write(STARTED)
+    supervisor.run()
+    os._exit(0)
+
+
+def memory_limit() -> int:
+    """Return the bytes of memory that this process may use: the machine's, or its cgroup's if less."""
+    total = psutil.virtual_memory().total
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int(Path(path).read_text()))
+    return total
+
+
+def capacity(folder: Path) -> int:
+    """Return what a percentage of ``max_bytes`` is of: the disk or memory that holds the folder."""
+    space = os.statvfs(folder)
+    return min(space.f_blocks * space.f_frsize, memory_limit())

@@ -1,0 +1,621 @@
+"""What the router decides and keeps, without its sockets: rows in, deliveries out, everything in one journal transaction a turn.
+
+The router drives it with streams, the inline engine with plain calls.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from mphub.core.delivery import Portion, Spans, length
+from mphub.core.keys import nearest
+from mphub.core.rows import Row
+from mphub.core.table import RoutingTable
+from mphub.procs.letters import Letters
+from mphub.procs.mailbox import Mailbox
+from mphub.store.blobs import Blobs
+from mphub.store.journal import Counters, Keeper, Progress, Single, Stored, SubscriberState
+from mphub.wire.frames import Batch, Failure, ReplyRow, Report, decoder, encode, join
+from mphub.wire.specs import Spec
+
+ADMIT = 0.75
+"""Share of max_bytes for events; the rest is for outputs, acks and dead letters."""
+MAX_UNMATCHED_KEYS = 100
+SETTLED = 1 << 62
+"""In place of a frame number: the death of that incarnation is settled."""
+_stored, _single, _progress = decoder(Stored), decoder(Single), decoder(Progress)
+_state, _spec = decoder(SubscriberState), decoder(Spec)
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a process died: what a dead letter says of it."""
+
+    reason: str
+    """``crash`` or ``timeout``."""
+    exit: str | int | None = None
+    pid: int | None = None
+    traceback: str = ""
+    rss: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Something that the hub's process should hear of."""
+
+    kind: str
+    subscriber: str | None
+    message: str
+    details: dict[str, object]
+
+
+class Exchange:
+    """All subscribers' mailboxes over one journal. Every call but the queries belongs inside ``turn``."""
+
+    def __init__(self, journal: Keeper, blobs: Blobs, max_bytes: int, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.journal, self.blobs, self.max_bytes = journal, blobs, max_bytes
+        self.admitted = int(max_bytes * ADMIT)
+        self.boxes: dict[str, Mailbox] = {}
+        self.table: RoutingTable[Mailbox] = RoutingTable()
+        self.accepted = 0
+        self.unmatched: dict[str, int] = {}
+        self.epoch = 1
+        self.sequences: dict[int, int] = {}
+        self.frames: dict[int, int] = {}
+        self.news: list[News] = []
+        self.told = False
+        """The failure in the report at hand is raised to its caller (inline)."""
+        self.letters = Letters(self)
+        self._next = 1
+        self._left: dict[int, int] = {}
+        self._rows: WeakValueDictionary[int, Row] = WeakValueDictionary()
+        self._blob_of: dict[int, str] = {}
+        self._blob_refs: dict[str, int] = {}
+        self.blob_bytes = 0
+        self._gone: list[str] = []
+        self._dirty: dict[Mailbox, dict[int, Portion]] = {}
+        self._dirty_publishers: set[int] = set()
+        self._dirty_frames: set[int] = set()
+        self._meta: tuple[int, int, int] = (0, 0, 0)
+        with journal.turn():
+            self._load()
+
+    # -- a turn
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Commit all that happens inside in one transaction; unlink ended blobs afterwards."""
+        with self.journal.turn():
+            yield
+            self._write_dirty()
+        for name in self._gone:
+            self.blobs.remove(name)
+        self._gone.clear()
+
+    def _write_dirty(self) -> None:
+        for box, portions in self._dirty.items():
+            if box.runs_low():
+                self._refill(box)
+            for row in box.advance(self._next):
+                self.journal.delete("progress", progress_key(box, row))
+            self._write_progress(box, portions)
+            self.journal.put("subscribers", b"s" + box.name.encode(), encode(box.state))
+        self._dirty.clear()
+        for publisher in self._dirty_publishers:
+            self.journal.put("publishers", publisher.to_bytes(8, "big"), encode(self.sequences[publisher]))
+        self._dirty_publishers.clear()
+        for incarnation in self._dirty_frames:
+            self.journal.put("frames", incarnation.to_bytes(8, "big"), encode(self.frames[incarnation]))
+        self._dirty_frames.clear()
+        meta = (self._next, self.epoch, self.accepted)
+        if meta != self._meta:
+            self.journal.put("meta", b"counters", encode((*meta, self.unmatched)))
+            self._meta = meta
+
+    def _write_progress(self, box: Mailbox, portions: dict[int, Portion]) -> None:
+        for number, portion in portions.items():
+            if portion.todo or number in box.closed:  # else the cursor has passed it
+                box.noted.add(number)
+                self.journal.put("progress", progress_key(box, number), encode(Progress(portion.todo, portion.attempts)))
+
+    def touch(self, box: Mailbox) -> dict[int, Portion]:
+        touched = self._dirty.get(box)
+        if touched is None:
+            touched = self._dirty[box] = {}
+        return touched
+
+    # -- subscriptions
+
+    def subscribe(self, spec: Spec) -> None:
+        """Take in a subscription; the same name again replaces its options and keeps its events."""
+        old = self.boxes.get(spec.name)
+        if old is not None:
+            self.table.remove(old)
+            old.spec = spec
+            box = old
+        else:
+            number = 1 + max((b.number for b in self.boxes.values()), default=0)
+            box = Mailbox.make(spec, SubscriberState(number, self._next, Counters()), self.admitted)
+            self.boxes[spec.name] = box
+        for pattern in spec.patterns:
+            self.table.add(pattern, box)
+        self.journal.put("subscribers", b"d" + spec.name.encode(), encode(spec))
+        self.touch(box)
+
+    def unsubscribe(self, name: str) -> None:
+        """Route nothing more to a subscriber."""
+        self.table.remove(self.boxes[name])
+
+    def forget(self, name: str, reason: str) -> None:
+        """Drop what waits for a subscriber whose process is gone, and the subscriber; its books stay."""
+        box = self.boxes[name]
+        self.drop_pending(box, reason)
+        box.status = "STOPPED"
+        self.journal.delete("subscribers", b"d" + name.encode())
+
+    def drop_pending(self, box: Mailbox, reason: str) -> int:
+        """Drop everything that waits, counted; requests end with Dropped."""
+        dropped = 0
+        self._load_delayed(box, None)
+        while box.delivery.waiting or box.tail is not None:
+            for piece in box.delivery.drop_waiting():
+                dropped += self._drop(box, piece.portion, piece.spans, reason)
+            self._refill(box)
+        return dropped
+
+    def _drop(self, box: Mailbox, portion: Portion, spans: Spans, reason: str) -> int:
+        count = length(spans)
+        if portion.row.batch.reply:
+            for a, b in spans:
+                for index in range(a, b):
+                    self.letters.answer(portion.row, index, "dropped", encode(reason))
+        box.counters.drop(reason, count)
+        self.settle(box, portion, spans)
+        return count
+
+    def set_status(self, name: str, status: str) -> None:
+        box = self.boxes[name]
+        box.status = status
+        box.update_full()
+        if status == "FATAL":
+            self._fail_requests(box)
+
+    def _fail_requests(self, box: Mailbox) -> None:
+        for piece in list(box.delivery.waiting):
+            if piece.portion.row.batch.reply:
+                self._fail_request(box, piece.portion, piece.spans)
+        box.delivery.prune()
+
+    def _fail_request(self, box: Mailbox, portion: Portion, spans: Spans) -> None:
+        for a, b in spans:
+            for index in range(a, b):
+                self.letters.answer(portion.row, index, "fatal", encode(box.name))
+        box.counters.dead += length(spans)
+        self.settle(box, portion, list(spans))
+
+    # -- events in
+
+    def accept(self, batch: Batch, header: bytes, body: bytes) -> tuple[str, str] | None:
+        """Journal a publisher's frame; a repeat is passed over. Return (error, message) if it is refused."""
+        if batch.sequence <= self.sequences.get(batch.publisher, 0):
+            return None
+        refused = self._refusal(batch)
+        if refused is None:
+            self.take_in(batch, header, body, batch.epoch or self.epoch)
+        self.sequences[batch.publisher] = batch.sequence
+        self._dirty_publishers.add(batch.publisher)
+        return refused
+
+    def _refusal(self, batch: Batch) -> tuple[str, str] | None:
+        if batch.blob is not None:
+            try:
+                size = self.blobs.size(batch.blob)
+            except (OSError, ValueError) as error:
+                return "PayloadError", f"the file of the payload cannot be read: {error}"
+            if size > self.admitted:
+                return "PayloadError", f"a payload of {size} bytes exceeds what this hub admits ({self.admitted} bytes): raise max_bytes"
+        if batch.strict and not any(self.table.match(key) for key, _ in batch.runs):
+            return "NoSubscriber", self._nobody(batch.runs[0][0])
+        return None
+
+    def take_in(self, batch: Batch, header: bytes, body: bytes, epoch: int) -> None:
+        """Decide whom each event is for, and store that with the row."""
+        matched = self._match_request(batch) if batch.reply else self._match(batch)
+        count = batch.count
+        self.accepted += count
+        if not matched:
+            if batch.blob is not None:
+                self._gone.append(batch.blob)
+            return
+        number = self._next
+        self._next += 1
+        whole = [(0, count)]
+        stored = encode((epoch, msgspec.Raw(header), {b.number: None if s == whole else s for b, s in matched.items()}, body))
+        self.journal.append("rows", number.to_bytes(8, "big"), stored)
+        row = Row(number, epoch, batch, header, body)
+        self._rows[number] = row
+        self._left[number] = len(matched)
+        if batch.blob is not None:
+            self._blob_of[number] = batch.blob
+            self.hold_blob(batch.blob, batch.size)
+        size = batch.size // count
+        for box, spans in matched.items():
+            self._deliver_to(box, row, spans, size)
+
+    def _match(self, batch: Batch) -> dict[Mailbox, Spans]:
+        matched: dict[Mailbox, Spans] = {}
+        place = 0
+        for key, count in batch.runs:
+            boxes = self._targets(key, batch.target)
+            if not boxes:
+                self._count_unmatched(key, count)
+            for box in boxes:
+                spans = matched.setdefault(box, [])
+                if spans and spans[-1][1] == place:
+                    spans[-1] = (spans[-1][0], place + count)
+                else:
+                    spans.append((place, place + count))
+            place += count
+        return matched
+
+    def _targets(self, key: str, target: str | None) -> tuple[Mailbox, ...]:
+        if target is None:
+            return self.table.match(key)
+        box = self.boxes.get(target)
+        return (box,) if box is not None else ()
+
+    def _match_request(self, batch: Batch) -> dict[Mailbox, Spans]:
+        """Find the one subscriber that answers, or end the requests."""
+        key = batch.runs[0][0]
+        boxes = [box for box in self._targets(key, batch.target) if batch.target is not None or box.spec.answers]
+        outcome, message = "", ""
+        if not boxes:
+            outcome, message = "nobody", self._nobody(batch.target or key)
+        elif len(boxes) > 1:
+            outcome, message = "ambiguous", f"{key!r} has several subscribers that answer: {', '.join(b.name for b in boxes)}; choose one with to="
+        if outcome:
+            for index in range(batch.count):
+                self.letters.reply(ReplyRow(batch.publisher, batch.number + index, outcome, encode(message)))
+            return {}
+        return {boxes[0]: [(0, batch.count)]}
+
+    def _nobody(self, key: str) -> str:
+        owner = {pattern: box.name for pattern, box in self.table.patterns()}
+        near = nearest(key, owner)
+        return f"no subscriber for {key!r}" + (f" (nearest pattern: {near!r} of {owner[near]!r})" if near else "")
+
+    def _count_unmatched(self, key: str, count: int) -> None:
+        if key not in self.unmatched:
+            if len(self.unmatched) >= MAX_UNMATCHED_KEYS:
+                key = ">"
+            else:
+                self.tell("unmatched", None, f"{self._nobody(key)}; {count} event{'s' if count > 1 else ''} so far", key=key)
+        self.unmatched[key] = self.unmatched.get(key, 0) + count
+        self._meta = (0, 0, 0)
+
+    def _deliver_to(self, box: Mailbox, row: Row, spans: Spans, size: int) -> None:
+        portion = Portion(row, spans, size)
+        room = box.room() if box.bounces else row.count
+        box.account(portion)
+        self.touch(box)
+        if row.batch.reply and box.status == "FATAL":
+            self._fail_request(box, portion, spans)
+        elif room < portion.count:
+            self._bounce(box, portion, room)
+        box.enqueue(portion)
+
+    def _bounce(self, box: Mailbox, portion: Portion, room: int) -> None:
+        """Make dead letters of what exceeds the inbox."""
+        for index in [i for a, b in portion.todo for i in range(a, b)][room:]:
+            self.letters.bury(box, portion, index, "overflow", 0)
+
+    # -- what became of them
+
+    def report(self, box: Mailbox, incarnation: int, report: Report, now: float) -> None:
+        """Commit acks, failures, outputs, replies and snapshot of one frame together; a repeat is dropped whole."""
+        if report.frame <= self.frames.get(incarnation, 0):
+            return
+        self.frames[incarnation] = report.frame
+        self._dirty_frames.add(incarnation)
+        delivery = box.delivery
+        failed = {f.number: found for f in report.failures if (found := delivery.find(f.number))}
+        finished = delivery.report(report.upto, failed, returned=report.returned)
+        for output in report.outputs:
+            self.take_in(output.batch, encode(output.batch), output.body, output.batch.epoch or self.epoch)
+        for reply in report.replies:
+            self.letters.reply(reply)
+        if report.snapshot is not None or report.snapshot_blob is not None:
+            self.letters.keep_snapshot(box.name, report.snapshot or b"", report.snapshot_blob)
+        for portion, spans in finished:
+            box.counters.handled += length(spans)
+            self.settle(box, portion, spans)
+        for failure in reversed(report.failures):
+            if failure.number in failed:
+                self._fail(box, *failed[failure.number], failure, now)
+        box.counters.seconds += report.seconds
+        if report.ran:
+            delivery.credit.measured(report.ran, report.seconds)
+            box.samples.append(report.seconds / report.ran)
+
+    def _fail(self, box: Mailbox, portion: Portion, index: int, failure: Failure, now: float) -> None:
+        attempt = portion.attempts.get(index, 1)
+        box.counters.failed += 1
+        row = portion.row
+        event = f"{row.batch.publisher << 40 | row.batch.number + index:026x}"
+        self.tell(
+            "failure", box.name, failure.traceback, key=row.key(index), id=event, attempt=attempt, reason=failure.reason
+        )  # fmt: skip
+        if failure.retry and attempt < box.spec.max_attempts:
+            box.counters.retried += 1
+            if failure.delay > 0:
+                self._postpone(box, portion, index, attempt + 1, now + failure.delay)
+            else:
+                box.delivery.again(portion, index, attempt + 1)
+                self.touch(box)[row.id] = portion
+        else:
+            reason = "rejected" if failure.reason == "rejected" else "exception"
+            self.letters.bury(box, portion, index, reason, attempt, error=failure.error, traceback=failure.traceback, told=self.told)
+
+    def _postpone(self, box: Mailbox, portion: Portion, index: int, attempt: int, due: float) -> None:
+        """Cut one event out into a row of its own that waits for its time."""
+        number = self.make_single(box, portion.row.only(index), portion.row.event(index), portion.row.epoch, attempt, due)
+        heapq.heappush(box.delayed, (due, number))
+        portion.finish([(index, index + 1)])
+        self._close_if_done(box, portion)
+
+    def make_single(self, box: Mailbox, batch: Batch, body: bytes, epoch: int, attempt: int, due: float) -> int:
+        number = self._next
+        self._next += 1
+        key = box.number.to_bytes(4, "big") + number.to_bytes(8, "big")
+        packed = join([body]) if batch.blob is None else b""
+        self.journal.put("singles", key, encode(Single(epoch, batch, packed, attempt, due)))
+        if batch.blob is not None:
+            self._blob_of[number] = batch.blob
+            self.hold_blob(batch.blob, batch.size)
+        return number
+
+    def died(self, box: Mailbox, incarnation: int, states: Callable[[int, int], bytes], charged: Callable[[int], bool], cause: Cause) -> None:
+        """Settle what a reaped process held."""
+        verdict = box.delivery.died(states, charged)
+        for portion, spans in verdict.finished:
+            box.counters.handled += length(spans)
+            self.settle(box, portion, spans)
+        for portion, index, attempts in verdict.dead:
+            self.letters.bury(box, portion, index, cause.reason, attempts, cause=cause)
+        for portion in verdict.changed:
+            self.touch(box)[portion.row.id] = portion
+        box.counters.retried += len(verdict.again)
+        self.touch(box)
+        self.frames[incarnation] = SETTLED  # should this be asked again, after a router's death
+        self._dirty_frames.add(incarnation)
+
+    def forget_incarnation(self, incarnation: int) -> None:
+        self.frames.pop(incarnation, None)
+        self._dirty_frames.discard(incarnation)
+        self.journal.delete("frames", incarnation.to_bytes(8, "big"))
+
+    def settle(self, box: Mailbox, portion: Portion, spans: Spans) -> None:
+        """Take events that ended, however, off the books' pending side."""
+        count = length(spans)
+        portion.finish(spans)
+        box.settle(portion, count)
+        self._close_if_done(box, portion)
+
+    def _close_if_done(self, box: Mailbox, portion: Portion) -> None:
+        row = portion.row
+        touched = self.touch(box)
+        if row.single:
+            if not portion.todo:
+                self.journal.delete("singles", box.number.to_bytes(4, "big") + row.id.to_bytes(8, "big"))
+                self._release_blob(row.id)
+            return
+        touched[row.id] = portion
+        if portion.todo:
+            return
+        box.closed.add(row.id)
+        left = self._left[row.id] - 1
+        if left:
+            self._left[row.id] = left
+        else:
+            del self._left[row.id]
+            self.journal.delete("rows", row.id.to_bytes(8, "big"))
+            self._release_blob(row.id)
+
+    # -- blobs
+
+    def hold_blob(self, name: str, size: int) -> None:
+        self._blob_refs[name] = self._blob_refs.get(name, 0) + 1
+        if self._blob_refs[name] == 1:
+            self.blob_bytes += size
+
+    def _release_blob(self, row: int) -> None:
+        name = self._blob_of.pop(row, None)
+        if name is not None:
+            self.drop_blob(name)
+
+    def drop_blob(self, name: str) -> None:
+        """End one reference; the file goes after the commit that ends the last."""
+        left = self._blob_refs.get(name, 1) - 1
+        if left:
+            self._blob_refs[name] = left
+            return
+        self._blob_refs.pop(name, None)
+        try:
+            self.blob_bytes -= self.blobs.size(name)
+        except OSError:
+            self.blob_bytes = max(0, self.blob_bytes)
+        self._gone.append(name)
+
+    # -- time and windows
+
+    def next_due(self) -> float | None:
+        return min((box.delayed[0][0] for box in self.boxes.values() if box.delayed), default=None)
+
+    def wake(self, now: float) -> None:
+        """Put delayed events whose time has come to the front of their inboxes."""
+        for box in self.boxes.values():
+            if box.delayed and box.delayed[0][0] <= now:
+                self._load_delayed(box, now)
+
+    def _load_delayed(self, box: Mailbox, now: float | None) -> None:
+        while box.delayed and (now is None or box.delayed[0][0] <= now):
+            _, number = heapq.heappop(box.delayed)
+            self.load_single(box, number, box.delivery.add_first)
+
+    def load_single(self, box: Mailbox, number: int, put: Callable[[Portion], None]) -> None:
+        value = self.journal.get("singles", box.number.to_bytes(4, "big") + number.to_bytes(8, "big"))
+        if value is not None:
+            put(single_portion(number, _single.decode(value)))
+
+    def _refill(self, box: Mailbox) -> None:
+        """Read on where the window ends."""
+        if box.tail is None:
+            return
+        for key, value in self.journal.scan("rows", box.tail.to_bytes(8, "big")):
+            number = int.from_bytes(key, "big")
+            if not box.wants_more():
+                box.tail = number
+                return
+            self._load_row(box, number, _stored.decode(value))
+        box.tail = None
+
+    def _load_row(self, box: Mailbox, number: int, stored: Stored) -> None:
+        if box.number not in stored.matched or number in box.closed:
+            return
+        spans = stored.matched[box.number]
+        row = self._rows.get(number)
+        if row is None:
+            row = Row(number, stored.epoch, stored.batch, encode(stored.batch), stored.body)
+            self._rows[number] = row
+        portion = Portion(row, [(0, row.count)] if spans is None else list(spans), row.size_each)
+        if number in box.noted and (value := self.journal.get("progress", progress_key(box, number))) is not None:
+            known = _progress.decode(value)
+            portion.todo, portion.attempts = list(known.todo), dict(known.attempts)
+        box.load(portion)
+
+    # -- after a restart
+
+    def _load(self) -> None:
+        found = self.journal.get("meta", b"counters")
+        if found is not None:
+            self._next, self.epoch, self.accepted, self.unmatched = msgspec.msgpack.decode(found)
+        for key, value in self.journal.scan("publishers"):
+            self.sequences[int.from_bytes(key, "big")] = msgspec.msgpack.decode(value)
+        for key, value in self.journal.scan("frames"):
+            self.frames[int.from_bytes(key, "big")] = msgspec.msgpack.decode(value)
+        for key, value in self.journal.scan("subscribers", b"d", b"e"):
+            self._load_box(_spec.decode(value), key[1:])
+        self.letters.load()
+        progress = {box.number: self._load_progress(box) for box in self.boxes.values()}
+        for key, value in self.journal.scan("rows"):
+            self._load_everywhere(int.from_bytes(key, "big"), _stored.decode(value), progress)
+        for box in self.boxes.values():
+            self._load_singles(box)
+
+    def _load_box(self, spec: Spec, name: bytes) -> None:
+        value = self.journal.get("subscribers", b"s" + name)
+        state = _state.decode(value) if value is not None else SubscriberState(len(self.boxes) + 1, self._next, Counters())
+        box = Mailbox.make(spec, state, self.admitted)
+        self.boxes[spec.name] = box
+        for pattern in spec.patterns:
+            self.table.add(pattern, box)
+
+    def _load_progress(self, box: Mailbox) -> dict[int, Progress]:
+        prefix, end = box.number.to_bytes(4, "big"), (box.number + 1).to_bytes(4, "big")
+        rows = {int.from_bytes(key[4:], "big"): _progress.decode(v) for key, v in self.journal.scan("progress", prefix, end)}
+        box.noted = set(rows)
+        return rows
+
+    def _load_everywhere(self, number: int, stored: Stored, progress: dict[int, dict[int, Progress]]) -> None:
+        """Count a row's unfinished subscribers, and load it into the windows that have room."""
+        left = 0
+        if stored.batch.blob is not None:
+            self._blob_of[number] = stored.batch.blob
+            self.hold_blob(stored.batch.blob, stored.batch.size)
+        for box in self.boxes.values():
+            if box.number not in stored.matched or number < box.state.cursor:
+                continue
+            known = progress[box.number].get(number)
+            if known is not None and not known.todo:
+                heapq.heappush(box.open, number)
+                box.closed.add(number)
+                continue
+            left += 1
+            self._load_into(box, number, stored, progress[box.number])
+        if left:
+            self._left[number] = left
+        else:
+            self.journal.delete("rows", number.to_bytes(8, "big"))
+            self._release_blob(number)
+
+    def _load_into(self, box: Mailbox, number: int, stored: Stored, progress: dict[int, Progress]) -> None:
+        spans = progress[number].todo if number in progress else stored.matched[box.number]
+        box.bytes += (length(list(spans)) if spans is not None else stored.batch.count) * (stored.batch.size // stored.batch.count)
+        if box.tail is None and box.wants_more():
+            self._load_row(box, number, stored)
+        elif box.tail is None:
+            box.tail = number
+
+    def _load_singles(self, box: Mailbox) -> None:
+        prefix, end = box.number.to_bytes(4, "big"), (box.number + 1).to_bytes(4, "big")
+        for key, value in self.journal.scan("singles", prefix, end):
+            number, single = int.from_bytes(key[4:], "big"), _single.decode(value)
+            box.bytes += single.batch.size
+            if single.batch.blob is not None:
+                self._blob_of[number] = single.batch.blob
+                self.hold_blob(single.batch.blob, single.batch.size)
+            if single.due:
+                heapq.heappush(box.delayed, (single.due, number))
+            else:
+                box.load(single_portion(number, single))
+
+    def assign(self, box: Mailbox, ranges: list[tuple[int, int, int, int]]) -> None:
+        """Treat what a board says its live process may hold as held (router restart)."""
+        box.delivery.assign(ranges)
+
+    def forget_publisher(self, publisher: int) -> None:
+        """Remove what a dead publisher leaves: its sequence, replies nobody reads, files nobody names."""
+        self.sequences.pop(publisher, None)
+        self._dirty_publishers.discard(publisher)
+        self.journal.delete("publishers", publisher.to_bytes(8, "big"))
+        self.letters.forget_requester(publisher)
+        self._gone.extend(name for name in self.blobs.of_writer(publisher) if name not in self._blob_refs)
+
+    # -- questions
+
+    def advance_epoch(self) -> int:
+        """Begin a new epoch; return the one that ends: drain waits for it and older ones."""
+        self.epoch += 1
+        return self.epoch - 1
+
+    def left_until(self, epoch: int) -> dict[str, int]:
+        """Return, by subscriber, the unfinished events of an epoch and older ones."""
+        counts = {box.name: sum(n for e, n in box.counters.pending.items() if e <= epoch) for box in self.boxes.values()}
+        return {name: count for name, count in counts.items() if count}
+
+    def held_patterns(self) -> list[str]:
+        """Return the patterns whose publishers wait; ``>`` when the journal is as full as admission allows."""
+        if self.journal.used + self.blob_bytes >= self.admitted:
+            return [">"]
+        return sorted({pattern for box in self.boxes.values() if box.full for pattern in box.spec.patterns})
+
+    def tell(self, kind: str, subscriber: str | None, message: str, **details: object) -> None:
+        self.news.append(News(kind, subscriber, message, details))
+
+
+def progress_key(box: Mailbox, row: int) -> bytes:
+    return box.number.to_bytes(4, "big") + row.to_bytes(8, "big")
+
+
+def single_portion(number: int, single: Single) -> Portion:
+    row = Row(number, single.epoch, single.batch, encode(single.batch), single.body, single=True)
+    return Portion(row, [(0, 1)], single.batch.size, {0: single.attempt} if single.attempt > 1 else {})
+

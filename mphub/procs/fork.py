@@ -1,0 +1,141 @@
+"""Making, watching and ending processes: fork from the template, sessions, exit words. Linux."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from mphub.wire.specs import Surroundings
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def become_subreaper() -> None:
+    """Let orphans of our children come to us instead of to init."""
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def fork(run: Callable[[], int], record: Path, keep: Collection[int] = (), out: Path | None = None) -> int:
+    """Fork a child that leads its own session, runs, and ends without returning here; return its pid.
+
+    Its record (pid, start time) is in the folder before ``run`` begins. It dies with this process.
+    """
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        _settle_in(parent, record, keep, out)
+        code = run()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        _leave(code)
+    raise AssertionError("unreachable")
+
+
+def _settle_in(parent: int, record: Path, keep: Collection[int], out: Path | None) -> None:
+    os.setsid()
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(0)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    record.write_text(f"{os.getpid()} {start_ticks(os.getpid())}")
+    _close_others({0, 1, 2, *keep})
+    if out is not None:
+        for number, suffix in ((1, ".out"), (2, ".err")):
+            file = os.open(f"{out}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(file, number)
+            os.close(file)
+
+
+def _close_others(keep: set[int]) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+def _leave(code: int) -> None:
+    """End without unwinding into the parent's frames, after finalizers and non-daemon threads."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(code & 0xFF)
+
+
+def take_surroundings(surroundings: Surroundings) -> None:
+    """Begin with the hub's cwd, sys.path and environment, and an empty ``__main__``."""
+    with contextlib.suppress(OSError):
+        os.chdir(surroundings.cwd)
+    sys.path[:] = surroundings.path
+    os.environ.clear()
+    os.environ.update(surroundings.environment)
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.argv[:] = [""]
+
+
+def start_ticks(pid: int) -> int:
+    """Return a process's start time in clock ticks since boot (0 if it is gone): pid and this name it for ever."""
+    fields = stat_fields(pid)
+    return int(fields[19]) if fields else 0
+
+
+def stat_fields(pid: int | str) -> list[str]:
+    """Return /proc/<pid>/stat from the state on (empty if the process is gone)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return []
+    return text[text.rindex(")") + 2 :].split()
+
+
+def session_of(leader: int) -> Iterator[int]:
+    """Yield the processes of a session."""
+    for name in os.listdir("/proc"):
+        if name.isdigit() and (fields := stat_fields(name)) and int(fields[3]) == leader and fields[0] != "Z":
+            yield int(name)
+
+
+def kill_session(leader: int) -> None:
+    """SIGKILL every process of a session; to be called before its leader is reaped, so that the number is still its own."""
+    for _ in range(3):  # what forks while we look
+        found = list(session_of(leader))
+        for pid in found:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        if not found:
+            return
+
+
+def is_same(pid: int, ticks: int) -> bool:
+    return ticks != 0 and start_ticks(pid) == ticks
+
+
+def exit_word(status: int) -> str | int:
+    """Return a signal by name, or the exit code."""
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return code
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

@@ -1,0 +1,139 @@
+"""From what users subscribe to what a process runs: functions, coroutine functions, classes, instances, partials, ``module:attr``."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mphub.core.keys import check_name
+from mphub.errors import InvalidOption, Reject, RetryLater
+from mphub.subscriber import Subscriber
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a subscriber's process is given, pickled: opaque to supervisor and router."""
+
+    handler: object
+    on: tuple[type[BaseException], ...]
+    delay: float
+    factor: float
+    max_delay: float
+    to: str | None
+
+
+@dataclass
+class Runner:
+    """A handler ready to run."""
+
+    call: Callable[[Any], Any]
+    subscriber: Subscriber[Any, Any] | None = None
+    close: Callable[[], None] = lambda: None
+
+
+def check_handler(handler: object) -> None:
+    """Refuse at ``subscribe`` what can never be called with one payload.
+
+    Raises InvalidOption.
+    """
+    target = handler.func if isinstance(handler, functools.partial) else handler
+    if isinstance(target, type):
+        if not issubclass(target, Subscriber):
+            raise InvalidOption(f"handler: got the class {target.__name__}; expected a subclass of mphub.Subscriber, or a function of one payload")
+        if target.handle is Subscriber.handle:
+            raise InvalidOption(f"handler: class {target.__name__} has no handle(self, payload): define it")
+        return
+    if isinstance(handler, str):
+        if handler.count(":") != 1 or not all(handler.split(":")):
+            raise InvalidOption(f"handler: got {handler!r}; expected 'module:attribute'")
+        return
+    if not callable(handler) and not isinstance(handler, Subscriber):
+        raise InvalidOption(
+            f"handler: got {type(handler).__name__} {handler!r:.60}; expected a function, a coroutine function, a Subscriber class or instance, or 'module:attribute'"
+        )
+    if not isinstance(handler, Subscriber):
+        _check_takes_one(handler)
+
+
+def _check_takes_one(handler: Callable[..., object]) -> None:
+    try:
+        signature = inspect.signature(handler)
+    except (ValueError, TypeError):
+        return  # builtins without a signature
+    try:
+        signature.bind(None)
+    except TypeError:
+        raise InvalidOption(f"handler: {getattr(handler, '__name__', handler)!r} takes {signature}; expected a callable with one argument, the payload") from None
+
+
+def subscriber_class(handler: object) -> type[Subscriber[Any, Any]] | None:
+    """Return the Subscriber class behind a handler, if that can be told without importing anything."""
+    target = handler.func if isinstance(handler, functools.partial) else handler
+    if isinstance(target, type) and issubclass(target, Subscriber):
+        return target
+    return type(target) if isinstance(target, Subscriber) else None
+
+
+def default_name(handler: object) -> str:
+    """Name a subscription after its handler."""
+    if isinstance(handler, str):
+        handler_name = handler.split(":")[1].rpartition(".")[2]
+    else:
+        target = handler.func if isinstance(handler, functools.partial) else handler
+        handler_name = getattr(target, "__name__", type(target).__name__)
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "" for c in handler_name)[:64]
+    return check_name("handler" if handler_name == "<lambda>" or not name else name)
+
+
+def load(work: Work, name: str) -> Runner:
+    """Build what runs; in the subscriber's process."""
+    handler = _import(work.handler) if isinstance(work.handler, str) else work.handler
+    made = handler
+    if isinstance(handler, type) or (isinstance(handler, functools.partial) and isinstance(handler.func, type)):
+        made = handler()
+    if not isinstance(made, Subscriber):
+        return _callable(made)
+    made.name, made.log = name, logging.getLogger(f"mphub.subscriber.{name}")
+    runner = _callable(made.handle)
+    runner.subscriber = made
+    return runner
+
+
+def retry_after(work: Work, error: BaseException, attempt: int) -> tuple[bool, float]:
+    """Say whether an event that raised is to run again, and after how many seconds."""
+    if isinstance(error, RetryLater):
+        return True, error.seconds
+    if isinstance(error, Reject) or not isinstance(error, work.on):
+        return False, 0.0
+    return True, min(work.delay * work.factor ** (attempt - 1), work.max_delay)
+
+
+def _callable(function: Any) -> Runner:
+    call = function
+    if not inspect.iscoroutinefunction(function) and not inspect.isfunction(function) and not inspect.ismethod(function):
+        call = getattr(function, "__call__", function)  # noqa: B004 (an object whose __call__ is a coroutine function)
+    if not inspect.iscoroutinefunction(call) and not inspect.iscoroutinefunction(getattr(function, "func", None)):
+        return Runner(function)
+    import asyncio  # half the imports of a child, for coroutine handlers only
+
+    loop = asyncio.Runner()
+    return Runner(lambda payload: loop.run(function(payload)), close=loop.close)
+
+
+def _import(path: str) -> object:
+    module, _, attribute = path.partition(":")
+    found: object = importlib.import_module(module)
+    for name in attribute.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def loads(data: bytes | memoryview) -> Work:
+    work: Work = pickle.loads(data)
+    return work

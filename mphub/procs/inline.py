@@ -1,0 +1,251 @@
+"""The inline engine: the same exchange and core in the caller's thread; the outermost publish returns when all that followed is handled."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from mphub.core.delivery import Held
+from mphub.core.rows import Row, event_of
+from mphub.errors import HubError, NoSubscriber, Reject, RetryLater
+from mphub.events import Event, EventId
+from mphub.procs import handlers
+from mphub.procs.exchange import Exchange
+from mphub.procs.outputs import Outputs
+from mphub.reply import Reply
+from mphub.store.blobs import Blobs
+from mphub.store.journal import MemoryJournal
+from mphub.connection import settle_reply
+from mphub.subscriber import holder
+from mphub.wire import codec
+from mphub.wire.frames import Batch, Extra, Failure, ReplyRow, Report, encode, join, split
+from mphub.wire.specs import Spec
+
+
+class NoBlobs(Blobs):
+    """Inline events stay in memory, whatever their size."""
+
+    def spill(self, data: bytes) -> tuple[bytes, str | None]:
+        return data, None
+
+    def write(self, data: bytes) -> str:
+        raise HubError("the inline engine writes no files")
+
+    def of_writer(self, writer: int) -> list[str]:
+        return []
+
+
+@dataclass
+class Post:
+    """A subscriber in this process."""
+
+    spec: Spec
+    work: handlers.Work
+    runner: handlers.Runner
+    frame: int = 0
+
+
+class Inline:
+    """Runs handlers in the caller's thread, one outermost publish at a time."""
+
+    def __init__(self, max_bytes: int, *, propagate: bool) -> None:
+        self.propagate = propagate
+        self.id = int.from_bytes(os.urandom(8), "big")
+        self.outputs_id = int.from_bytes(os.urandom(8), "big")
+        self.exchange = Exchange(MemoryJournal(), NoBlobs("/nonexistent"), max_bytes, time.time)
+        self.posts: dict[str, Post] = {}
+        self.outputs = Outputs(self.outputs_id, self.exchange.blobs, large=1 << 62)
+        self.name, self.thread = "", 0
+        self._lock = threading.RLock()
+        self._sequence = self._number = 0
+        self._replies: dict[int, Reply[object]] = {}
+        self._current: tuple[Row, int, int, object] | None = None
+        self._raise: BaseException | None = None
+        self._busy = False
+
+    # -- life
+
+    def subscribe(self, spec: Spec) -> None:
+        """Load the handler from its pickle, as every engine does, and set it up."""
+        work = handlers.loads(spec.handler)
+        runner = handlers.load(work, spec.name)
+        with self.exchange.turn():
+            self.exchange.subscribe(spec)
+            self.exchange.set_status(spec.name, "RUNNING")
+        self.posts[spec.name] = Post(spec, work, runner)
+        if runner.subscriber is not None:
+            self._inside(spec.name, runner.subscriber.setup)
+
+    def unsubscribe(self, name: str) -> None:
+        with self.exchange.turn():
+            self.exchange.unsubscribe(name)
+            self.exchange.forget(name, "unsubscribed")
+        self._close(name)
+
+    def stop(self) -> int:
+        """Tear all down; return how many events were given up."""
+        with self.exchange.turn():
+            given_up = sum(self.exchange.drop_pending(box, "stopped") for box in self.exchange.boxes.values())
+        for name in list(self.posts):
+            self._close(name)
+        return given_up
+
+    def _close(self, name: str) -> None:
+        post = self.posts.pop(name)
+        if post.runner.subscriber is not None:
+            self._inside(name, post.runner.subscriber.teardown)
+        post.runner.close()
+
+    def _inside(self, name: str, call: Any) -> None:
+        """Run a hook as inside a handler, then what it published."""
+        self.name, self.thread = name, threading.get_ident()
+        before, holder.context = holder.context, self
+        try:
+            call()
+        finally:
+            holder.context = before
+        self.outputs.keep(0)
+        with self.exchange.turn():
+            for output in self.outputs.take():
+                self.exchange.take_in(output.batch, encode(output.batch), output.body, self.exchange.epoch)
+        self.work_off()
+
+    # -- publishing
+
+    def send(
+        self, key: str, data: bytes, extra: Extra | None = None, *, target: str | None = None,
+        reply: Reply[object] | None = None, strict: bool = False,
+    ) -> EventId:  # fmt: skip
+        """Take in one event and, if this is the outermost call, handle it and all that follows."""
+        with self._lock:
+            self._number += 1
+            self._sequence += 1
+            number = self._number
+            batch = Batch(
+                self.id, self._sequence, number, [(key, 1)], time.time(), 0, target, reply is not None, strict,
+                size=len(data), extras={0: extra} if extra else None,
+            )  # fmt: skip
+            if reply is not None:
+                reply.id = EventId.make(self.id, number)
+                self._replies[number] = reply
+            with self.exchange.turn():
+                refused = self.exchange.accept(batch, encode(batch), join([data]))
+            if refused is not None:
+                raise NoSubscriber(refused[1])
+            self.work_off()
+            return EventId.make(self.id, number)
+
+    def work_off(self) -> None:
+        """Handle what waits, in the order published, until nothing moves; retry delays are slept here."""
+        with self._lock:
+            if self._busy:
+                return  # a handler published: its event waits its turn
+            self._busy = True
+            try:
+                while self._step():
+                    pass
+            finally:
+                self._busy = False
+                error, self._raise = self._raise, None
+            if error is not None:
+                raise error
+
+    def _step(self) -> bool:
+        self._answer()
+        waiting = [box for box in self.exchange.boxes.values() if box.delivery.waiting and box.name in self.posts]
+        if not waiting:
+            return self._wait_for_retry()
+        box = min(waiting, key=lambda box: box.delivery.waiting[0].portion.row.id)
+        held = box.delivery.take()
+        if held is not None:
+            self._run(self.posts[box.name], held)
+        return True
+
+    def _wait_for_retry(self) -> bool:
+        due = self.exchange.next_due()
+        if due is None:
+            return False
+        time.sleep(max(0.0, due - time.time()))
+        with self.exchange.turn():
+            self.exchange.wake(time.time())
+        return True
+
+    def _answer(self) -> None:
+        replies = self.exchange.letters.replies.pop(self.id, [])
+        for reply in replies:
+            future = self._replies.pop(reply.number, None)
+            if future is not None and future.set_running_or_notify_cancel():
+                settle_reply(future, reply, self.exchange.blobs)
+        if replies:
+            with self.exchange.turn():
+                self.exchange.letters.taken(self.id, [reply.number for reply in replies])
+
+    # -- handling
+
+    def _run(self, post: Post, held: Held) -> None:
+        """Run one event and commit what came of it; credit is one, as there is no process to run ahead."""
+        row, index = held.portion.row, held.index
+        self.name, self.thread = post.spec.name, threading.get_ident()
+        attempt = held.portion.attempts.get(index, 1)
+        failures, replies = [], []
+        before, holder.context = holder.context, self
+        try:
+            data = split(row.body)[index]
+            payload = codec.loads(data)
+            self._current = (row, index, attempt, payload)
+            result = post.runner.call(payload)
+            replies = self._keep_result(post, row, index, result)
+        except Exception as error:
+            self.outputs.fresh.clear()
+            failures = [self._failure(post, held.number, attempt, error, row)]
+        finally:
+            holder.context, self._current = before, None
+        self.outputs.keep(row.epoch)
+        post.frame += 1
+        report = Report(post.frame, held.number + held.count, 0, 0.0, failures, self.outputs.take(), replies)
+        with self.exchange.turn():
+            box = self.exchange.boxes[post.spec.name]
+            self.exchange.report(box, box.number, report, time.time())
+        self.exchange.told = False
+
+    def _keep_result(self, post: Post, row: Row, index: int, result: object) -> list[ReplyRow]:
+        if post.work.to is not None and result is not None:
+            self.outputs.publish(post.work.to, codec.encode(result, "result"), None)
+        if not row.batch.reply:
+            return []
+        return [ReplyRow(row.batch.publisher, row.batch.number + index, "ok", codec.encode(result, "result"))]
+
+    def _failure(self, post: Post, number: int, attempt: int, error: Exception, row: Row) -> Failure:
+        retry, delay = handlers.retry_after(post.work, error, attempt)
+        reason = {Reject: "rejected", RetryLater: "later"}.get(type(error), "exception")
+        last = not retry or attempt >= post.spec.max_attempts
+        if last and self.propagate and not row.batch.reply and self._raise is None:
+            self._raise = error
+            self.exchange.told = True
+        return Failure(number, reason, codec.encode_error(error), codec.traceback_text(error, __file__), retry, delay)
+
+    # -- what a handler may ask (Context)
+
+    def publish(
+        self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool
+    ) -> EventId:
+        extra = Extra(ordering_key, headers) if ordering_key is not None or headers else None
+        data = codec.encode(payload)
+        if now:
+            return self.send(key, data, extra)
+        return EventId.make(self.outputs_id, self.outputs.publish(key, data, extra))
+
+    def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
+        reply: Reply[object] = Reply()
+        self.send(key, codec.encode(payload), target=target, reply=reply)
+        return reply
+
+    def current_event(self) -> Event:
+        if self._current is None:
+            raise HubError("mphub.current_event: no event is being handled; it works in handle(payload), not in setup or teardown")
+        row, index, attempt, payload = self._current
+        return event_of(row.batch, index, payload, attempt)
+

@@ -1,0 +1,222 @@
+"""Dead letters, replies and snapshots: the rows that an exchange keeps beside its events."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mphub.core.delivery import Portion
+from mphub.core.rows import Row
+from mphub.store.journal import Dead, on_disk
+from mphub.wire.frames import Batch, Reply, ReplyRow, decoder, encode
+
+if TYPE_CHECKING:
+    from mphub.procs.exchange import Cause, Exchange
+    from mphub.procs.mailbox import Mailbox
+
+DEAD_SHARE = 0.25
+"""Of max_bytes: beyond it the oldest dead letters give way."""
+PAGE_BYTES = 512 << 10
+"""What one answer with dead letters holds, so that it fits a frame."""
+_dead = decoder(Dead)
+_reply = decoder(ReplyRow)
+_snapshot = msgspec.msgpack.Decoder(tuple[bytes, str | None])
+
+
+class Letters:
+    """Keeps and finds them; every call belongs inside a turn of the exchange."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.replies: dict[int, list[Reply]] = {}
+        """Replies to be sent after this commit, by requester."""
+        self._next = 1
+        self._dead_bytes = 0
+
+    def load(self) -> None:
+        for key, value in self.exchange.journal.scan("dead"):
+            self._next = int.from_bytes(key, "big") + 1
+            dead = _dead.decode(value)
+            self._dead_bytes += on_disk(value) + dead.batch.size
+            self._hold(dead)
+        for _, value in self.exchange.journal.scan("replies"):
+            row = _reply.decode(value)
+            if row.blob is not None:
+                self.exchange.hold_blob(row.blob, 0)
+        for _, value in self.exchange.journal.scan("snapshots"):
+            _, blob = _snapshot.decode(value)
+            if blob is not None:
+                self.exchange.hold_blob(blob, 0)
+
+    # -- dead letters
+
+    def bury(
+        self, box: Mailbox, portion: Portion, index: int, reason: str, attempts: int, *,
+        error: bytes = b"", traceback: str = "", cause: Cause | None = None, told: bool = False,
+    ) -> None:  # fmt: skip
+        """End one event as a dead letter; a request's failure goes to its requester instead."""
+        row = portion.row
+        if row.batch.reply:
+            outcome, body = request_outcome(reason, error, traceback, cause)
+            self.answer(row, index, outcome, body)
+        else:
+            pid = cause.pid if cause else None
+            exit_ = cause.exit if cause else None
+            rss = cause.rss if cause else None
+            trace = traceback or (cause.traceback if cause else "")
+            now = self.exchange.clock()
+            self._keep(
+                Dead(box.name, row.only(index), row.epoch, row.event(index), reason, attempts, now, error, trace, exit_, pid, rss, "", told)
+            )
+            event = f"{row.batch.publisher << 40 | row.batch.number + index:026x}"
+            self.exchange.tell("dead_letter", box.name, reason, key=row.key(index), id=event, attempts=attempts)
+        box.counters.dead += 1
+        self.exchange.settle(box, portion, [(index, index + 1)])
+
+    def _keep(self, dead: Dead) -> None:
+        value = encode(dead)
+        self.exchange.journal.put("dead", self._next.to_bytes(8, "big"), value)
+        self._next += 1
+        self._dead_bytes += on_disk(value) + dead.batch.size
+        self._hold(dead)
+        while self._dead_bytes > self.exchange.max_bytes * DEAD_SHARE:
+            if not self._give_way():
+                break
+
+    def _hold(self, dead: Dead) -> None:
+        if dead.batch.blob is not None:
+            self.exchange.hold_blob(dead.batch.blob, dead.batch.size)
+
+    def _give_way(self) -> bool:
+        """Drop the oldest dead letter, counted."""
+        for key, dead in self._scan(None, None):
+            self._remove(key, dead)
+            box = self.exchange.boxes[dead.subscriber]
+            box.counters.dead -= 1
+            box.counters.drop("dead_letters_full", 1)
+            self.exchange.tell("dead_letters_full", box.name, "the oldest dead letters give way: purge or redrive them, or raise max_bytes")
+            return True
+        return False
+
+    def _remove(self, key: bytes, dead: Dead) -> None:
+        self._dead_bytes -= on_disk(encode(dead)) + dead.batch.size
+        self.exchange.journal.delete("dead", key)
+        if dead.batch.blob is not None:
+            self.exchange.drop_blob(dead.batch.blob)
+
+    def _scan(self, name: str | None, ids: Collection[int] | None, after: int = 0) -> Iterator[tuple[bytes, Dead]]:
+        for key, value in self.exchange.journal.scan("dead", (after + 1).to_bytes(8, "big")):
+            dead = _dead.decode(value)
+            if (name is None or dead.subscriber == name) and (ids is None or event_id(dead.batch) in ids):
+                yield key, dead
+
+    def page(self, name: str | None, after: int, limit: int = PAGE_BYTES) -> tuple[list[bytes], int]:
+        """Return encoded dead letters behind number ``after`` and the number to go on from (0: that was all)."""
+        found: list[bytes] = []
+        size = 0
+        for key, dead in self._scan(name, None, after):
+            found.append(encode(dead))
+            size += len(found[-1])
+            if size > limit:
+                return found, int.from_bytes(key, "big")
+        return found, 0
+
+    def redrive(self, name: str | None, ids: Collection[int] | None) -> int:
+        """Let dead letters wait again, with their first attempt before them; return how many."""
+        moved = 0
+        for key, dead in list(self._scan(name, ids)):
+            box = self.exchange.boxes.get(dead.subscriber)
+            if box is None:
+                continue
+            epoch = self.exchange.epoch
+            number = self.exchange.make_single(box, dead.batch, dead.body, epoch, 1, 0.0)
+            box.counters.dead -= 1
+            box.counters.pending[epoch] = box.counters.pending.get(epoch, 0) + 1
+            box.unfinished += 1
+            box.bytes += dead.batch.size
+            self.exchange.load_single(box, number, box.delivery.add)
+            self.exchange.touch(box)
+            self._remove(key, dead)
+            moved += 1
+        return moved
+
+    def purge(self, name: str | None, ids: Collection[int] | None) -> int:
+        """Drop dead letters, counted as ``purged``; return how many."""
+        gone = list(self._scan(name, ids))
+        for key, dead in gone:
+            box = self.exchange.boxes[dead.subscriber]
+            box.counters.dead -= 1
+            box.counters.drop("purged", 1)
+            self.exchange.touch(box)
+            self._remove(key, dead)
+        return len(gone)
+
+    # -- replies
+
+    def answer(self, row: Row, index: int, outcome: str, body: bytes) -> None:
+        """End one request."""
+        self.reply(ReplyRow(row.batch.publisher, row.batch.number + index, outcome, body))
+
+    def reply(self, row: ReplyRow) -> None:
+        """Keep a reply until its requester has it."""
+        self.exchange.journal.put("replies", reply_key(row.publisher, row.number), encode(row))
+        if row.blob is not None:
+            self.exchange.hold_blob(row.blob, 0)
+        self.replies.setdefault(row.publisher, []).append(Reply(row.number, row.outcome, row.body, row.blob))
+
+    def unanswered(self, publisher: int) -> list[Reply]:
+        """Return the replies that a requester has not confirmed: it has come back."""
+        prefix, end = publisher.to_bytes(8, "big"), (publisher + 1).to_bytes(9, "big")[-8:]
+        rows = [_reply.decode(value) for _, value in self.exchange.journal.scan("replies", prefix, end if publisher + 1 < 1 << 64 else None)]
+        return [Reply(row.number, row.outcome, row.body, row.blob) for row in rows]
+
+    def taken(self, publisher: int, numbers: list[int]) -> None:
+        for number in numbers:
+            key = reply_key(publisher, number)
+            value = self.exchange.journal.get("replies", key)
+            if value is None:
+                continue
+            self.exchange.journal.delete("replies", key)
+            blob = _reply.decode(value).blob
+            if blob is not None:
+                self.exchange.drop_blob(blob)
+
+    def forget_requester(self, publisher: int) -> None:
+        self.taken(publisher, [reply.number for reply in self.unanswered(publisher)])
+        self.replies.pop(publisher, None)
+
+    # -- snapshots
+
+    def keep_snapshot(self, name: str, data: bytes, blob: str | None) -> None:
+        """Replace a subscriber's snapshot."""
+        old = self.exchange.journal.get("snapshots", name.encode())
+        self.exchange.journal.put("snapshots", name.encode(), encode((data, blob)))
+        if blob is not None:
+            self.exchange.hold_blob(blob, 0)
+        if old is not None and (old_blob := _snapshot.decode(old)[1]) is not None:
+            self.exchange.drop_blob(old_blob)
+
+    def snapshot(self, name: str) -> tuple[bytes, str | None] | None:
+        value = self.exchange.journal.get("snapshots", name.encode())
+        return None if value is None else _snapshot.decode(value)
+
+
+def request_outcome(reason: str, error: bytes, traceback: str, cause: Cause | None) -> tuple[str, bytes]:
+    """Say how a request ended: (outcome, its body)."""
+    if reason in ("exception", "rejected"):
+        return "exception", encode((error, traceback))
+    if reason == "crash" and cause is not None:
+        return "crashed", encode((cause.exit, cause.pid))
+    if reason == "timeout" and cause is not None:
+        return "timeout", encode(cause.seconds)
+    return "dropped", encode(reason)
+
+
+def event_id(batch: Batch) -> int:
+    return batch.publisher << 40 | batch.number
+
+
+def reply_key(publisher: int, number: int) -> bytes:
+    return publisher.to_bytes(8, "big") + number.to_bytes(8, "big")

@@ -1,0 +1,129 @@
+"""One subscriber as the exchange keeps it: its books, its window of the journal, its cursor."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from mphub.core.credit import Credit
+from mphub.core.delivery import Delivery, Portion
+from mphub.core.rows import Row
+from mphub.store.board import SLOTS
+from mphub.store.journal import Counters, SubscriberState
+from mphub.wire.specs import Spec
+
+WINDOW_EVENTS = 10_000
+WINDOW_BYTES = 8_000_000
+STUCK = ("FATAL", "PAUSED", "STOPPED", "FROZEN")
+"""States in which a subscriber never holds a publisher."""
+
+
+@dataclass(eq=False)
+class Mailbox:
+    """A subscriber's inbox: a window in memory, the rest its cursor in the journal."""
+
+    spec: Spec
+    state: SubscriberState
+    delivery: Delivery
+    status: str = "STARTING"
+    unfinished: int = 0
+    bytes: int = 0
+    tail: int | None = None
+    """The first row that is not in the window."""
+    full: bool = False
+    open: list[int] = field(default_factory=list)
+    """Heap of the window's rows."""
+    closed: set[int] = field(default_factory=set)
+    """Finished rows that the cursor has not passed."""
+    delayed: list[tuple[float, int]] = field(default_factory=list)
+    """Heap of (due, single)."""
+    noted: set[int] = field(default_factory=set)
+    """Rows with a progress row in the journal."""
+    max_bytes: int = 0
+    samples: deque[float] = field(default_factory=lambda: deque(maxlen=500))
+    """Seconds a handler took, a mean for each report."""
+
+    @classmethod
+    def make(cls, spec: Spec, state: SubscriberState, admitted: int) -> Mailbox:
+        least = spec.snapshot.every if spec.snapshot else 1
+        delivery = Delivery(spec.max_attempts, Credit(cap=SLOTS // 2, least=least), SLOTS)
+        limit = int(spec.inbox.max_bytes)
+        return cls(spec, state, delivery, unfinished=state.counters.unfinished, max_bytes=min(limit, admitted // 2))
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def number(self) -> int:
+        return self.state.number
+
+    @property
+    def counters(self) -> Counters:
+        return self.state.counters
+
+    @property
+    def stuck(self) -> bool:
+        return self.status in STUCK
+
+    @property
+    def bounces(self) -> bool:
+        """Say whether what exceeds the inbox becomes a dead letter instead of a wait."""
+        return self.stuck or self.spec.inbox.overflow == "dead_letter"
+
+    def room(self) -> int:
+        """Return how many events still fit."""
+        return 0 if self.bytes >= self.max_bytes else max(0, self.spec.inbox.maxsize - self.unfinished)
+
+    def wants_more(self) -> bool:
+        delivery = self.delivery
+        return delivery.loaded < WINDOW_EVENTS and delivery.loaded_bytes < WINDOW_BYTES
+
+    def runs_low(self) -> bool:
+        return self.tail is not None and self.delivery.loaded < WINDOW_EVENTS // 2 and self.wants_more()
+
+    def account(self, portion: Portion) -> None:
+        """Enter new events in the books."""
+        count = portion.count
+        self.counters.take_in(portion.row.epoch, count)
+        self.unfinished += count
+        self.bytes += count * portion.size
+
+    def enqueue(self, portion: Portion) -> None:
+        """Let a new portion wait: in the window if there is room, else behind it in the journal."""
+        if not portion.todo:
+            heapq.heappush(self.open, portion.row.id)
+        elif self.tail is None and self.wants_more():
+            self.load(portion)
+        elif self.tail is None:
+            self.tail = portion.row.id
+
+    def load(self, portion: Portion) -> None:
+        self.delivery.add(portion)
+        if not portion.row.single:
+            heapq.heappush(self.open, portion.row.id)
+
+    def settle(self, portion: Portion, count: int) -> None:
+        self.counters.settle(portion.row.epoch, count)
+        self.unfinished -= count
+        self.bytes -= count * portion.size
+
+    def advance(self, newest: int) -> Iterator[int]:
+        """Move the cursor over finished rows; yield those whose progress rows are now void."""
+        while self.open and self.open[0] in self.closed and (self.tail is None or self.open[0] < self.tail):
+            row = heapq.heappop(self.open)
+            self.closed.discard(row)
+            if row in self.noted:
+                self.noted.discard(row)
+                yield row
+        first = self.open[0] if self.open else newest
+        self.state.cursor = first if self.tail is None else min(first, self.tail)
+
+    def update_full(self) -> bool:
+        """Recompute whether publishers wait for it (released at 80 %); say whether that changed."""
+        was, least = self.full, 0.8 if self.full else 1.0
+        over = self.unfinished >= self.spec.inbox.maxsize * least or self.bytes >= self.max_bytes * least
+        self.full = over and not self.bounces
+        return self.full != was

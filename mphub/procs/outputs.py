@@ -1,0 +1,73 @@
+"""What a handler publishes, until it is committed with the ack."""
+
+from __future__ import annotations
+
+import time
+
+from mphub.store.blobs import Blobs
+from mphub.wire.frames import BLOB_MIN, Batch, Extra, Output, join
+
+
+class Outputs:
+    """Collects per event (``fresh``), then per report (``kept``): a failing event takes only its own back."""
+
+    def __init__(self, incarnation: int, blobs: Blobs, large: int = BLOB_MIN) -> None:
+        self.incarnation, self.blobs, self.large = incarnation, blobs, large
+        self.fresh: list[tuple[str, bytes, Extra | None]] = []
+        self.kept: list[Output] = []
+        self.size = 0
+        """Bytes kept."""
+        self._number = 0
+        self._events: list[tuple[str, bytes, Extra | None]] = []
+        self._epoch = 0
+
+    def publish(self, key: str, data: bytes, extra: Extra | None) -> int:
+        """Note an output of the running event; return its running number in this incarnation."""
+        self.fresh.append((key, data, extra))
+        return self._number + len(self._events) + len(self.fresh)
+
+    def keep(self, epoch: int) -> None:
+        """Adopt the outputs of an event that has returned; they inherit its epoch."""
+        if not self.fresh:
+            return
+        if epoch != self._epoch:
+            self._pack()
+            self._epoch = epoch
+        for key, data, extra in self.fresh:
+            if len(data) >= self.large:
+                self._pack()
+                self._events.append((key, data, extra))
+                self._pack()
+            else:
+                self._events.append((key, data, extra))
+            self.size += len(data) + len(key)
+        self.fresh.clear()
+
+    def take(self) -> list[Output]:
+        """Return what is kept, as batches, and begin anew."""
+        self._pack()
+        taken, self.kept, self.size = self.kept, [], 0
+        return taken
+
+    def _pack(self) -> None:
+        """Make a batch of the events that belong together; what is large becomes a file."""
+        events = self._events
+        if not events:
+            return
+        body = join([data for _, data, _ in events])
+        size, blob = len(body), None
+        if size >= self.large:
+            blob, body = self.blobs.write(events[0][1] if len(events) == 1 else body), b""
+        runs: list[tuple[str, int]] = []
+        for key, _, _ in events:
+            if runs and runs[-1][0] == key:
+                runs[-1] = (key, runs[-1][1] + 1)
+            else:
+                runs.append((key, 1))
+        extras = {i: extra for i, (_, _, extra) in enumerate(events) if extra is not None}
+        batch = Batch(
+            self.incarnation, 0, self._number + 1, runs, time.time(), self._epoch, blob=blob, size=size, extras=extras or None
+        )
+        self._number += len(events)
+        self.kept.append(Output(batch, body))
+        self._events = []

@@ -1,0 +1,542 @@
+"""The router's process: reads every stream, one journal transaction a turn, then deliveries, replies, confirms. Runs no user code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING, Held
+from mphub.observe.limiter import Limiter
+from mphub.procs.exchange import SETTLED, Cause, Exchange
+from mphub.procs.mailbox import Mailbox
+from mphub.store.blobs import Blobs
+from mphub.store.board import Board
+from mphub.store.journal import Journal
+from mphub.wire import frames
+from mphub.wire.frames import (
+    Answer,
+    Batch,
+    Call,
+    Confirm,
+    DeliverRaw,
+    HelloPublisher,
+    HelloSubscriber,
+    Hold,
+    ProtocolError,
+    Push,
+    RepliesTaken,
+    Report,
+    Spilled,
+    Welcome,
+    decoder,
+    encode,
+    join,
+    split,
+)
+from mphub.wire.specs import Spec
+from mphub.wire.stream import Frame, Stream, peer_uid
+
+MAX_UNREAD = 1 << 20
+"""Bytes of replies under way to one requester."""
+MAX_AHEAD = 512 << 10
+"""Bytes of deliveries that wait for a subscriber's socket."""
+CONFIRM_EVERY = 8
+"""Reports after which a subscriber is confirmed without a delivery to ride on."""
+ENOUGH_FRAMES = 256
+HELLO_WITHIN = 5.0
+"""Seconds after which a connection that has not said who it is is closed."""
+_batch, _report, _call = decoder(Batch), decoder(Report), decoder(Call)
+_hello_publisher, _hello_subscriber = decoder(HelloPublisher), decoder(HelloSubscriber)
+_taken, _spilled, _spec = decoder(RepliesTaken), decoder(Spilled), decoder(Spec)
+
+
+class PublisherPeer:
+    """A publisher at the other end of a stream."""
+
+    __slots__ = ("behind", "hello", "refused", "sequence", "stream", "told")
+
+    def __init__(self, stream: Stream, hello: HelloPublisher, sequence: int) -> None:
+        self.stream, self.hello, self.sequence = stream, hello, sequence
+        self.told = -1
+        self.refused: list[tuple[int, str, str]] = []
+        self.behind = False
+
+
+class Seat:
+    """An incarnation of a subscriber, as the supervisor announced it."""
+
+    __slots__ = ("board", "box", "incarnation", "ready", "stopping", "stream", "told", "unconfirmed")
+
+    def __init__(self, incarnation: int, box: Mailbox, board: Board) -> None:
+        self.incarnation, self.box, self.board = incarnation, box, board
+        self.stream: Stream | None = None
+        self.ready = False
+        self.stopping = False
+        self.unconfirmed = 0
+        self.told = 0
+
+
+class Router:
+    """One turn after the other."""
+
+    def __init__(self, folder: Path, token: bytes, listener: socket.socket, link: socket.socket, max_bytes: int) -> None:
+        self.folder, self.token, self.listener = folder, token, listener
+        self.blobs = Blobs(folder / "blobs")
+        self.exchange = Exchange(Journal(folder / "journal", max_bytes), self.blobs, max_bytes, time.time)
+        self.selector = selectors.DefaultSelector()
+        self.link = Stream(link)
+        self.selector.register(link, selectors.EVENT_READ, self.link)
+        listener.setblocking(False)
+        self.selector.register(listener, selectors.EVENT_READ, None)
+        self.publishers: dict[int, PublisherPeer] = {}
+        self.seats: dict[int, Seat] = {}
+        self.strangers: dict[Stream, float] = {}
+        self.drains: list[tuple[int, int]] = []
+        self.answers: list[Answer] = []
+        self.held: list[str] = []
+        self.writing: set[Stream] = set()
+        self.limiter = Limiter()
+        self.stopping = False
+
+    def run(self) -> None:
+        """Turn until told to stop or the supervisor is gone."""
+        while not self.stopping:
+            self.turn([key.data for key, _ in self.selector.select(self._timeout())])
+        self.exchange.journal.close()
+
+    def turn(self, ready: list[Stream | None]) -> None:
+        """Read, commit, then send what the commit allows."""
+        ready.sort(key=lambda stream: stream is not self.link)  # who lives and who died comes first
+        arrived = [(stream, frame) for stream in ready if stream is not None for frame in self._read(stream)]
+        if None in ready:
+            self._accept()
+        now = time.time()
+        due = self.exchange.next_due()
+        if arrived or (due is not None and due <= now):
+            with self.exchange.turn():
+                for stream, frame in arrived:
+                    self._handle_safely(stream, frame)
+                self.exchange.wake(now)
+        for seat in self.seats.values():
+            self._pump(seat)
+        self._send_replies()
+        self._confirm()
+        self._update_holds()
+        self._answer()
+        self._flush()
+
+    def _timeout(self) -> float | None:
+        waits = [5.0] if self.strangers else []
+        due = self.exchange.next_due()
+        if due is not None:
+            waits.append(max(0.0, due - time.time()))
+        return min(waits) if waits else None
+
+    # -- reading
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock, _ = self.listener.accept()
+                if peer_uid(sock) != os.getuid():
+                    sock.close()
+                    continue
+                stream = Stream(sock)
+                self.strangers[stream] = time.monotonic()
+                self.selector.register(sock, selectors.EVENT_READ, stream)
+        for stream, since in list(self.strangers.items()):
+            if time.monotonic() - since > HELLO_WITHIN:
+                self._drop(stream)
+
+    def _read(self, stream: Stream) -> list[Frame]:
+        try:
+            found = stream.read()
+        except ProtocolError as error:
+            self._push("log", level="warning", message=f"a connection sent {error}: closed")
+            found = None
+        if found is None:
+            self._drop(stream)
+            return []
+        return found
+
+    def _drop(self, stream: Stream) -> None:
+        """Forget a stream; what its process is or was is another question."""
+        if stream is self.link:
+            self.stopping = True  # the supervisor is dead, and so is the hub's service
+            return
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(stream.sock)
+        self.strangers.pop(stream, None)
+        self.writing.discard(stream)
+        peer = stream.peer
+        if isinstance(peer, Seat) and peer.stream is stream:
+            peer.stream = None
+        if isinstance(peer, PublisherPeer) and self.publishers.get(peer.hello.publisher) is peer:
+            del self.publishers[peer.hello.publisher]
+            if not is_alive(peer.hello.pid, peer.hello.started):
+                with self.exchange.turn():
+                    self.exchange.forget_publisher(peer.hello.publisher)
+        stream.close()
+
+    def _handle_safely(self, stream: Stream, frame: Frame) -> None:
+        """A malformed frame ends its own connection only."""
+        try:
+            self._handle(stream, *frame)
+        except (msgspec.MsgspecError, ProtocolError, OSError) as error:
+            self._push("log", level="warning", message=f"a frame of kind {frame[0]} cannot be read ({error}): connection closed")
+            self.writing.discard(stream)
+            stream.out.clear()
+            stream.sock.shutdown(socket.SHUT_RDWR)
+
+    def _handle(self, stream: Stream, kind: int, header: bytes, body: bytes) -> None:
+        if kind == frames.SPILLED:
+            spilled = _spilled.decode(header)
+            data = bytes(self.blobs.read(spilled.blob))
+            self.blobs.remove(spilled.blob)
+            kind, header, body = spilled.kind, data[: spilled.header], data[spilled.header :]
+        peer = stream.peer
+        if isinstance(peer, Seat):
+            self._from_subscriber(peer, kind, header)
+        elif isinstance(peer, PublisherPeer):
+            self._from_publisher(peer, kind, header, body)
+        elif stream is self.link:
+            self._from_supervisor(kind, header, body)
+        elif kind == frames.HELLO_PUBLISHER:
+            self._meet_publisher(stream, _hello_publisher.decode(header))
+        elif kind == frames.HELLO_SUBSCRIBER:
+            self._meet_subscriber(stream, _hello_subscriber.decode(header))
+        else:
+            raise ProtocolError(f"kind {kind} before a hello")
+
+    # -- publishers
+
+    def _meet_publisher(self, stream: Stream, hello: HelloPublisher) -> None:
+        if hello.token != self.token:
+            raise ProtocolError("a hello with a wrong token")
+        self.strangers.pop(stream, None)
+        last = self.exchange.sequences.get(hello.publisher, 0)
+        peer = stream.peer = PublisherPeer(stream, hello, last)
+        self.publishers[hello.publisher] = peer
+        if self.held:
+            stream.send(frames.HOLD, encode(Hold(self.held)))
+        for reply in self.exchange.letters.unanswered(hello.publisher):
+            self.exchange.letters.replies.setdefault(hello.publisher, []).append(reply)
+
+    def _from_publisher(self, peer: PublisherPeer, kind: int, header: bytes, body: bytes) -> None:
+        if kind == frames.BATCH:
+            batch = _batch.decode(header)
+            check_batch(batch, peer, body)
+            refused = self.exchange.accept(batch, header, body)
+            if refused is not None:
+                peer.refused.append((batch.sequence, *refused))
+            peer.sequence = max(peer.sequence, batch.sequence)
+        elif kind == frames.REPLIES_TAKEN:
+            self.exchange.letters.taken(peer.hello.publisher, _taken.decode(header).numbers)
+            if peer.behind and len(peer.stream.out) < MAX_UNREAD // 2:
+                peer.behind = False
+                self.exchange.letters.replies[peer.hello.publisher] = self.exchange.letters.unanswered(peer.hello.publisher)
+        else:
+            raise ProtocolError(f"kind {kind} from a publisher")
+
+    def _confirm(self) -> None:
+        """Confirm after the deliveries: a confirm can wait, a round trip cannot."""
+        for peer in self.publishers.values():
+            if peer.sequence != peer.told or peer.refused:
+                peer.told = peer.sequence
+                peer.stream.send(frames.CONFIRM, encode(Confirm(peer.sequence, peer.refused)))
+                peer.refused = []
+
+    def _send_replies(self) -> None:
+        replies = self.exchange.letters.replies
+        for publisher in list(replies):
+            peer = self.publishers.get(publisher)
+            for reply in replies.pop(publisher):
+                if peer is None or peer.behind:
+                    continue
+                if len(peer.stream.out) > MAX_UNREAD:
+                    peer.behind = True
+                else:
+                    peer.stream.send(frames.REPLY, encode(reply))
+
+    def _update_holds(self) -> None:
+        for box in self.exchange.boxes.values():
+            box.update_full()
+        held = self.exchange.held_patterns()
+        if held != self.held:
+            self.held = held
+            self._push("held", patterns=held, names=[b.name for b in self.exchange.boxes.values() if b.full])
+            for peer in self.publishers.values():
+                peer.stream.send(frames.HOLD, encode(Hold(held)))
+
+    # -- subscribers
+
+    def _meet_subscriber(self, stream: Stream, hello: HelloSubscriber) -> None:
+        seat = self.seats.get(hello.incarnation)
+        if hello.token != self.token or seat is None:
+            raise ProtocolError("a hello of an unknown subscriber")
+        self.strangers.pop(stream, None)
+        if seat.stream is not None:
+            self._drop(seat.stream)
+        stream.peer, seat.stream = seat, stream
+        delivery = seat.box.delivery
+        delivery.generation = max(delivery.generation, hello.generation)
+        delivery.give_back(hello.expects)
+        snapshot = None if hello.ready else self.exchange.letters.snapshot(seat.box.name)
+        stream.send(frames.WELCOME, encode(Welcome(*snapshot) if snapshot else Welcome()))
+        if hello.ready:
+            self._is_ready(seat)
+        if seat.stopping:
+            stream.send(frames.STOP)
+
+    def _from_subscriber(self, seat: Seat, kind: int, header: bytes) -> None:
+        if kind == frames.REPORT:
+            report = _report.decode(header)
+            self.exchange.report(seat.box, seat.incarnation, report, time.time())
+            seat.told, seat.unconfirmed = report.frame, seat.unconfirmed + 1
+        elif kind == frames.READY:
+            self._is_ready(seat)
+        else:
+            raise ProtocolError(f"kind {kind} from a subscriber")
+
+    def _is_ready(self, seat: Seat) -> None:
+        seat.ready = True
+        self._push("ready", incarnation=seat.incarnation)
+
+    def _pump(self, seat: Seat) -> None:
+        """Hand out what credit and socket allow."""
+        stream = seat.stream
+        if stream is None:
+            return
+        if seat.ready and not seat.stopping and seat.box.status != "PAUSED":
+            while len(stream.out) < MAX_AHEAD and (held := seat.box.delivery.take()) is not None:
+                self._hand_out(seat, stream, held)
+        if seat.unconfirmed > CONFIRM_EVERY or (seat.stopping and seat.unconfirmed):
+            seat.unconfirmed = 0
+            stream.send(frames.REPORT_CONFIRM, encode(seat.told))
+
+    def _hand_out(self, seat: Seat, stream: Stream, held: Held) -> None:
+        row, portion = held.portion.row, held.portion
+        whole = len(held.spans) == 1
+        seat.board.hand_out(held.number, held.count, row.id, held.index)
+        attempts = {i: n for i, n in portion.attempts.items() if held.index <= i < held.index + held.count} if portion.attempts else None
+        header = DeliverRaw(
+            held.number, seat.box.delivery.generation, seat.told, row.id, row.epoch, held.index, held.count, msgspec.Raw(row.header),
+            None if whole else [i - held.index for a, b in held.spans for i in range(a, b)], attempts,
+        )  # fmt: skip
+        seat.unconfirmed = 0
+        stream.send(frames.DELIVER, encode(header), body_of(held))
+
+    # -- the supervisor
+
+    def _from_supervisor(self, kind: int, header: bytes, body: bytes) -> None:
+        call = _call.decode(header)
+        op: Callable[..., Any] | None = getattr(self, f"do_{call.op}", None)
+        if kind != frames.CALL or op is None:
+            raise ProtocolError(f"call {call.op}")
+        if call.op == "drain":
+            self.drains.append((call.id, self.exchange.advance_epoch()))
+            return
+        result = op(**call.args) if not body else op(body, **call.args)
+        if call.id:
+            self.answers.append(Answer(call.id, result))
+
+    def do_drain(self) -> None:
+        """Answered by ``_answer`` once nothing of its epoch is left that can still move."""
+
+    def do_subscribe(self, spec: bytes) -> None:
+        self.exchange.subscribe(_spec.decode(spec))
+
+    def do_stop_routing(self, name: str) -> None:
+        self.exchange.unsubscribe(name)
+
+    def do_forget(self, name: str, reason: str) -> None:
+        self.exchange.forget(name, reason)
+
+    def do_give_up(self, reason: str) -> int:
+        """Drop all that waits: a stop without drain."""
+        return sum(self.exchange.drop_pending(box, reason) for box in self.exchange.boxes.values())
+
+    def do_status(self, name: str, status: str) -> None:
+        self.exchange.set_status(name, status)
+
+    def do_started(self, name: str, incarnation: int, board: str, live: bool) -> None:
+        """Seat an incarnation; a live one (this router is a successor) may hold what its board says."""
+        if self.exchange.frames.get(incarnation) == SETTLED:
+            return
+        box = self.exchange.boxes[name]
+        seat = Seat(incarnation, box, Board(board))
+        seat.told = self.exchange.frames.get(incarnation, 0)
+        self.seats[incarnation] = seat
+        if live:
+            self.exchange.assign(box, list(seat.board.ranges()))
+
+    def do_stop_worker(self, incarnation: int) -> None:
+        seat = self.seats.get(incarnation)
+        if seat is not None and not seat.stopping:
+            seat.stopping = True
+            if seat.stream is not None:
+                seat.stream.send(frames.STOP)
+
+    def do_died(self, incarnation: int, charge: str, slot: int | None, cause: dict[str, Any]) -> None:
+        """Settle what a reaped process held: its last frames first, then its board.
+
+        ``charge``: ``running`` blames what ran, ``slot`` what ran there, ``none`` nobody.
+        """
+        seat = self.seats.pop(incarnation, None)
+        if seat is None:
+            return
+        self._read_last(seat)
+        board = seat.board
+        blamed = board.number_at(slot) if charge == "slot" and slot is not None else None
+        self.exchange.died(
+            seat.box, incarnation, board.states, lambda number: charge == "running" or number == blamed, Cause(**cause)
+        )  # fmt: skip
+        board.close()
+
+    def do_settled(self, incarnation: int) -> None:
+        """Forget a death: nobody will ask about it again."""
+        self.exchange.forget_incarnation(incarnation)
+
+    def _read_last(self, seat: Seat) -> None:
+        stream = seat.stream
+        if stream is None:
+            return
+        while found := self._read(stream):
+            for frame in found:
+                self._handle_safely(stream, frame)
+        if seat.stream is stream:  # a grandchild keeps it open
+            stream.peer = None
+            self._drop(stream)
+
+    def do_statistics(self) -> dict[str, Any]:
+        running = {seat.box.name: running_of(seat) for seat in self.seats.values()}
+        boxes = {
+            name: {**msgspec.structs.asdict(box.counters), "unfinished": box.unfinished, "running": running.get(name, 0)}
+            for name, box in self.exchange.boxes.items()
+        }
+        for name, counters in boxes.items():
+            del counters["pending"]
+            counters["samples"] = list(self.exchange.boxes[name].samples)
+        return {"accepted": self.exchange.accepted, "unmatched": self.exchange.unmatched, "subscribers": boxes}
+
+    def do_dead_letters(self, name: str | None, after: int) -> dict[str, Any]:
+        letters, following = self.exchange.letters.page(name, after)
+        return {"letters": letters, "next": following}
+
+    def do_redrive(self, name: str | None, ids: list[bytes] | None) -> int:
+        return self.exchange.letters.redrive(name, unpack_ids(ids))
+
+    def do_purge(self, name: str | None, ids: list[bytes] | None) -> int:
+        return self.exchange.letters.purge(name, unpack_ids(ids))
+
+    def do_close(self) -> None:
+        """Tell every publisher that the hub stops, and end."""
+        self.stopping = True
+        for peer in self.publishers.values():
+            peer.stream.send(frames.CLOSED)
+
+    def _answer(self) -> None:
+        """Send answers of this turn, the news, and to drains that are through."""
+        for number, epoch in list(self.drains):
+            left = self.exchange.left_until(epoch)
+            stuck = {name: count for name, count in left.items() if self.exchange.boxes[name].status in ("FATAL", "PAUSED")}
+            if len(stuck) == len(left):
+                self.drains.remove((number, epoch))
+                statuses = {name: self.exchange.boxes[name].status for name in stuck}
+                self.answers.append(Answer(number, {"stuck": stuck, "statuses": statuses}))
+        for answer in self.answers:
+            self.link.send(frames.ANSWER, encode(answer))
+        self.answers.clear()
+        if self.exchange.news:
+            self._tell_news()
+
+    def _tell_news(self) -> None:
+        """Push what happened: of failures and dead letters the first of each subscriber, then one a second."""
+        now = time.monotonic()
+        for news in self.exchange.news:
+            details = news.details
+            if news.kind in ("failure", "dead_letter"):
+                passes, first, more = self.limiter.allows((news.kind, news.subscriber), now)
+                if not passes:
+                    continue
+                details = {**details, "first": first, "more": more}
+            self._push("news", kind=news.kind, subscriber=news.subscriber, message=news.message, details=details)
+        self.exchange.news.clear()
+
+    def _push(self, what: str, **args: object) -> None:
+        self.link.send(frames.PUSH, encode(Push(what, dict(args))))
+
+    # -- writing
+
+    def _flush(self) -> None:
+        """Watch for room where something waits to be written, and only there."""
+        streams = [self.link, *(p.stream for p in self.publishers.values()), *(s.stream for s in self.seats.values() if s.stream)]
+        for stream in streams:
+            if stream.out:
+                stream.flush()
+            waits = bool(stream.out)
+            if waits != (stream in self.writing):
+                (self.writing.add if waits else self.writing.discard)(stream)
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if waits else 0)
+                self.selector.modify(stream.sock, events, stream)
+
+
+def body_of(held: Held) -> bytes:
+    """Return the body of a delivery: the row's own, or the events cut out of it."""
+    row = held.portion.row
+    if row.batch.blob is not None:
+        return b""
+    if held.spans == [(0, row.count)]:
+        return row.body
+    events = split(row.body)
+    return join([event for a, b in held.spans for event in events[a:b]])
+
+
+def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:
+    """Refuse what no publisher of ours sends, before it reaches the journal.
+
+    Raises ProtocolError.
+    """
+    if batch.publisher != peer.hello.publisher or batch.sequence < 1 or not batch.runs:
+        raise ProtocolError("a batch in another publisher's name, or an empty one")
+    if any(not 1 <= len(key) <= 255 or count < 1 for key, count in batch.runs) or batch.count > frames.MAX_FRAME:
+        raise ProtocolError("a batch with keys that cannot be")
+    if batch.blob is None and count_of(body) != batch.count:
+        raise ProtocolError(f"a batch of {batch.count} events whose body has {count_of(body)}")
+
+
+def count_of(body: bytes) -> int:
+    """Read the length of a msgpack array without unpacking it."""
+    first = body[0] if body else 0
+    if first >> 4 == 0x9:
+        return first & 0x0F
+    if first == 0xDC:
+        return int.from_bytes(body[1:3], "big")
+    return int.from_bytes(body[1:5], "big") if first == 0xDD else -1
+
+
+def running_of(seat: Seat) -> int:
+    """Count what a process has started and not yet had committed."""
+    states = b"".join(seat.board.states(held.number, held.count) for held in seat.box.delivery.held)
+    return sum(states.count(state) for state in (RUNNING, HANDLED, DONE, FAILED))
+
+
+def unpack_ids(ids: list[bytes] | None) -> set[int] | None:
+    return None if ids is None else {int.from_bytes(i, "big") for i in ids}
+
+
+def is_alive(pid: int, started: float) -> bool:
+    """Say whether that very process lives (numbers are reused)."""
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 0.5
+    except psutil.Error:
+        return False

@@ -1,0 +1,153 @@
+"""The supervisor's books: one ward a subscription, one child an incarnation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from mphub.core.restarts import RestartCounter
+from mphub.procs import fork
+from mphub.store.board import Board
+from mphub.wire.specs import Spec
+
+LOG_BYTES = 1 << 20
+"""What an output file may grow to before it is cut, and what may wait unread."""
+
+
+class Tail:
+    """Reads what is appended to a file, line by line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._at = 0
+        self._part = b""
+
+    def lines(self, *, last: bool = False) -> list[str]:
+        """Return the new whole lines (with ``last`` also the rest)."""
+        try:
+            if self.path.stat().st_size == self._at and not last:
+                return []
+            with open(self.path, "r+b") as file:
+                file.seek(self._at)
+                data = self._part + file.read(LOG_BYTES)
+                self._at = file.tell()
+                if self._at > LOG_BYTES:
+                    file.truncate(0)  # the child appends: it goes on at the start
+                    self._at = 0
+        except OSError:
+            return []
+        *whole, self._part = data.split(b"\n")
+        if last and self._part:
+            whole, self._part = [*whole, self._part], b""
+        return [line.decode(errors="replace") for line in whole]
+
+
+@dataclass(eq=False)
+class Child:
+    """One incarnation, from fork to the router's word that its events are settled."""
+
+    name: str
+    incarnation: int
+    pid: int
+    pidfd: int
+    board: Board
+    folder: Path
+    outputs: dict[str, Tail]
+    started: float = field(default_factory=time.monotonic)
+    ready: bool = False
+    ending: str | None = None
+    """Why we end it: stop, restart, limit, start_timeout; None while it lives its own life."""
+    kill_at: list[tuple[float, int]] = field(default_factory=list)
+    """The rest of the stop ladder: (when, signal)."""
+    overran: int | None = None
+    running_since: tuple[int, float] | None = None
+    """(slot, when it was first seen running)."""
+    frozen_since: float | None = None
+    rss: int = 0
+
+    @property
+    def crash_file(self) -> Path:
+        return self.folder / "logs" / f"{self.incarnation:x}.crash"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "children" / f"{self.incarnation:x}"
+
+    def sample(self, now: float) -> tuple[int, float] | None:
+        """Note what runs; return (slot, seconds since it was first seen)."""
+        slot = self.board.running_slot()
+        if slot is None:
+            self.running_since = None
+            return None
+        if self.running_since is None or self.running_since[0] != slot:
+            self.running_since = (slot, now)
+        return slot, now - self.running_since[1]
+
+    def is_frozen(self) -> bool:
+        fields = fork.stat_fields(self.pid)
+        return bool(fields) and fields[0] in "Tt"
+
+    def measure(self) -> tuple[float, int]:
+        """Return percent of a core since the start, and resident bytes."""
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            times = process.cpu_times()
+            age = max(1e-3, time.time() - process.create_time())
+            return 100 * (times.user + times.system) / age, process.memory_info().rss
+        return 0.0, 0
+
+    def last_words(self) -> tuple[bytes, str]:
+        """Return (pickled exception, traceback) of what ``setup`` raised, or the stack that a fatal signal left."""
+        try:
+            data = self.crash_file.read_bytes()
+        except OSError:
+            return b"", ""
+        try:
+            error, text = msgspec.msgpack.decode(data, type=tuple[bytes, str])
+        except msgspec.MsgspecError:
+            return b"", data.decode(errors="replace")
+        return error, text
+
+    def remove_files(self) -> None:
+        """Remove what is left of it, once its events are settled."""
+        self.board.close()
+        for path in (self.board.path, self.crash_file, self.record, *(tail.path for tail in self.outputs.values())):
+            path.unlink(missing_ok=True)
+
+
+@dataclass(eq=False)
+class Ward:
+    """A subscription under supervision."""
+
+    spec: Spec
+    counter: RestartCounter
+    state: str = "STARTING"
+    child: Child | None = None
+    restarts: int = 0
+    start_at: float | None = None
+    error: tuple[bytes, str] = (b"", "")
+    """What the last failed start left."""
+    leaving: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def public(self) -> dict[str, Any]:
+        """Return what the hub's statistics add to the router's counters."""
+        cpu, rss = self.child.measure() if self.child else (0.0, 0)
+        pids = [self.child.pid] if self.child else []
+        return {"state": self.state, "pids": pids, "restarts": self.restarts, "cpu": cpu, "rss": rss}
+
+
+def make_child(name: str, folder: Path) -> tuple[int, Board]:
+    """Draw an incarnation's number and make its board."""
+    incarnation = int.from_bytes(os.urandom(8), "big")
+    return incarnation, Board(folder / "boards" / f"{incarnation:x}", create=True)

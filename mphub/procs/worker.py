@@ -1,0 +1,396 @@
+"""A subscriber's process: reads events, runs the handler, reports. One thread, one stream, one board."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from mphub.errors import HubError, Reject, RetryLater
+from mphub.events import Event, EventId
+from mphub.procs import handlers
+from mphub.procs.outputs import Outputs
+from mphub.connection import Address, connection_to
+from mphub.reply import Reply
+from mphub.store.blobs import Blobs
+from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING
+from mphub.core.rows import event_of
+from mphub.store.board import READY, SLOTS, Board
+from mphub.subscriber import holder
+from mphub.wire import codec, frames
+from mphub.wire.frames import BLOB_MIN, Deliver, Failure, HelloSubscriber, ReplyRow, Report, Welcome, decoder, encode, split
+from mphub.wire.specs import Spec
+from mphub.wire.stream import Frame, Line
+
+REPORT_AFTER: Final = 0.001
+"""Seconds that outputs and replies wait for company."""
+OUTPUT_BYTES: Final = 48 << 10
+TRACEBACK_CHARS: Final = 20_000
+_deliver, _welcome, _confirmed = decoder(Deliver), decoder(Welcome), decoder(int)
+
+
+class Stopped(BaseException):
+    """SIGTERM came: leave at the next bytecode."""
+
+
+class Worker:
+    """One incarnation of a subscriber."""
+
+    def __init__(self, address: Address, spec: Spec, incarnation: int, board: Path) -> None:
+        self.address, self.spec, self.name, self.incarnation = address, spec, spec.name, incarnation
+        self.thread = threading.get_ident()
+        self.board = Board(board)
+        self.blobs = Blobs(f"{address.folder}/blobs", incarnation)
+        self.outputs = Outputs(incarnation, self.blobs)
+        self.line: Line | None = None
+        self.unconfirmed: list[tuple[int, bytes]] = []
+        self.failures: list[Failure] = []
+        self.replies: list[ReplyRow] = []
+        self.frame = 0
+        self.expects = 0
+        self.generation = 0
+        self.upto = 0
+        self.last_report = 0.0
+        self.unsaved = 0
+        self.last_snapshot = 0.0
+        self.deliver: Deliver | None = None
+        self.is_ready = False
+        self.offsets: Sequence[int] = ()
+        self.events: list[Any] = []
+        self.last = 0
+
+    # -- life
+
+    def run(self) -> None:
+        """Set up, handle events until asked to stop, tear down."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _raise_stopped)
+        welcome = self._enter()
+        holder.context = self
+        self._set_up(welcome)
+        for deliver, body in self._deliveries():
+            self._handle(deliver, body)
+        self._tear_down()
+
+    def _set_up(self, welcome: Welcome) -> None:
+        data = self.blobs.read(self.spec.handler_blob) if self.spec.handler_blob else self.spec.handler
+        self.work = handlers.loads(data)
+        self.runner = handlers.load(self.work, self.name)
+        subscriber = self.runner.subscriber
+        if subscriber is not None:
+            subscriber.setup()
+            state = self.blobs.read(welcome.blob) if welcome.blob else welcome.snapshot
+            if state:
+                subscriber.restore(codec.loads(state))
+        self.last_snapshot = time.monotonic()
+        self.plain = self.work.to is None and self.spec.snapshot is None
+        self.is_ready = True
+        self.board.raise_flag(READY)
+        self._commit_outputs()
+        self._send(frames.READY)
+
+    def _tear_down(self) -> None:
+        if self.spec.snapshot is not None and self.unsaved:
+            self._report()
+        if self.runner.subscriber is not None:
+            self.runner.subscriber.teardown()
+        self._commit_outputs()
+        self.runner.close()
+        deadline = time.monotonic() + 5.0
+        while self.unconfirmed and time.monotonic() < deadline and (got := self._receive()) is not None:
+            self._digest(*got)
+
+    def _commit_outputs(self) -> None:
+        """Report what ``setup`` or ``teardown`` published."""
+        self.outputs.keep(0)
+        if self.outputs.kept:
+            self._report()
+
+    # -- the stream
+
+    def _enter(self) -> Welcome:
+        """Connect and say what this process holds; the router answers with the snapshot."""
+        while True:
+            try:
+                line = Line.connect(self.address.data)
+                hello = HelloSubscriber(self.address.token, self.incarnation, self.is_ready, self.expects, self.generation)
+                line.send(frames.HELLO_SUBSCRIBER, encode(hello))
+            except OSError:
+                time.sleep(0.01)  # between two routers; without a supervisor this process dies anyway
+                continue
+            got = line.receive()
+            if got is not None and got[0] == frames.WELCOME:
+                self.line = line
+                return _welcome.decode(got[1])
+            line.close()
+            time.sleep(0.01)
+
+    def _receive(self) -> Frame | None:
+        """Return the next frame; when the router has died, connect to its successor and resend what was not confirmed."""
+        while True:
+            assert self.line is not None
+            got = self.line.receive()
+            if got is not None:
+                return got
+            self.line.close()
+            self._enter()
+            for _, data in self.unconfirmed:
+                self._write(data)
+
+    def _deliveries(self) -> Iterator[tuple[Deliver, bytes]]:
+        while (got := self._receive()) is not None:
+            kind, header, body = got
+            if kind == frames.STOP:
+                return
+            if kind == frames.DELIVER:
+                deliver = _deliver.decode(header)
+                self.expects = deliver.number + deliver.count
+                self._forget_confirmed(deliver.confirmed)
+                if deliver.generation < self.generation:
+                    continue  # handed out before this process gave everything back
+                self.generation = deliver.generation
+                yield deliver, body
+            else:
+                self._digest(kind, header, body)
+
+    def _digest(self, kind: int, header: bytes, _: bytes) -> None:
+        if kind == frames.REPORT_CONFIRM:
+            self._forget_confirmed(_confirmed.decode(header))
+
+    def _forget_confirmed(self, frame: int) -> None:
+        while self.unconfirmed and self.unconfirmed[0][0] <= frame:
+            self.unconfirmed.pop(0)
+
+    def _send(self, kind: int, header: bytes = b"") -> None:
+        self._write(frames.frame(kind, header))
+
+    def _write(self, data: bytes) -> None:
+        assert self.line is not None
+        try:
+            self.line.sock.sendall(data)
+        except OSError:
+            return  # the router is gone: reading finds out, after what it had sent
+
+    # -- handling
+
+    def _handle(self, deliver: Deliver, body: bytes) -> None:
+        """Run the handler for the events of one frame, and report."""
+        self.deliver, self.offsets = deliver, deliver.chosen if deliver.chosen is not None else range(deliver.count)
+        self.last = deliver.number + self.offsets[-1]
+        self.events = self._from_blob(deliver) if deliver.batch.blob is not None else split(body)
+        started = time.perf_counter()
+        self._run(deliver)
+        if deliver.generation != self.generation:
+            return  # the rest was given back, and that was reported
+        self.upto = deliver.number + deliver.count
+        if self.spec.snapshot is None or self._snapshot_is_due(idle=True):
+            self._report(ran=len(self.events), seconds=time.perf_counter() - started)
+
+    def _from_blob(self, deliver: Deliver) -> list[Any]:
+        data = self.blobs.read(deliver.batch.blob or "")
+        if deliver.batch.count == 1:
+            return [data]
+        events = split(data)
+        return [events[deliver.index + i] for i in self.offsets]
+
+    def _run(self, deliver: Deliver) -> None:
+        """Run all events, going on behind each that fails."""
+        run = self._run_plain if self.plain and not deliver.batch.reply else self._run_fully
+        slots = slots_of(deliver.number, self.offsets)
+        at = 0
+        while at < len(slots):
+            failed = run(slots, at)
+            if failed is None or self.generation != deliver.generation:
+                return
+            at = failed + 1
+
+    def _run_plain(self, slots: Sequence[int], at: int) -> int | None:
+        """Run events whose results nobody wants; return the place of one that raised.
+
+        No clock, no context variable and no method call per event: this loop is the rate.
+        """
+        states, call, loads, fresh = self.board.map, self.runner.call, codec.loads, self.outputs.fresh
+        slot = slots[at]
+        try:
+            for data, slot in zip(self.events[at:], slots[at:], strict=True):
+                states[slot] = RUNNING
+                call(loads(data))
+                if fresh:
+                    states[slot] = HANDLED
+                    self._after_output(slots.index(slot))
+                else:
+                    states[slot] = DONE
+        except BaseException as error:
+            return self._raised(slots.index(slot), error)
+        return None
+
+    def _run_fully(self, slots: Sequence[int], at: int) -> int | None:
+        """Run events whose results go somewhere, or whose state is kept by snapshots."""
+        states, call, loads, fresh = self.board.map, self.runner.call, codec.loads, self.outputs.fresh
+        saves = self.spec.snapshot is not None
+        slot = slots[at]
+        try:
+            for data, slot in zip(self.events[at:], slots[at:], strict=True):
+                states[slot] = RUNNING
+                place = slots.index(slot)
+                if self._keep_result(self.offsets[place], call(loads(data))) or fresh or saves:
+                    states[slot] = HANDLED
+                    self._after_output(place)
+                else:
+                    states[slot] = DONE
+        except BaseException as error:
+            return self._raised(slots.index(slot), error)
+        return None
+
+    def _keep_result(self, offset: int, result: object) -> bool:
+        """Publish a result under ``to`` and answer a request; say whether it did the latter."""
+        assert self.deliver is not None
+        deliver = self.deliver
+        if self.work.to is not None and result is not None:
+            self.outputs.publish(self.work.to, codec.encode(result, "result"), None)
+        if not deliver.batch.reply:
+            return False
+        data, blob = self.blobs.spill(codec.encode(result, "result"))
+        number = deliver.batch.number + deliver.index + offset
+        self.replies.append(ReplyRow(deliver.batch.publisher, number, "ok", data, blob))
+        return True
+
+    def _after_output(self, place: int) -> None:
+        """Let outputs go as one report once they are many or a millisecond old; the frame's last go with its end."""
+        assert self.deliver is not None
+        self.outputs.keep(self.deliver.epoch)
+        number = self.deliver.number + self.offsets[place]
+        self.upto = number + 1
+        if self.spec.snapshot is not None:
+            self.unsaved += 1
+            if number != self.last and self._snapshot_is_due(idle=False):
+                self._report()
+        elif number != self.last and (self.outputs.size > OUTPUT_BYTES or time.monotonic() - self.last_report > REPORT_AFTER):
+            self._report()
+
+    def _snapshot_is_due(self, *, idle: bool) -> bool:
+        rule = self.spec.snapshot
+        assert rule is not None
+        if self.unsaved >= rule.every or time.monotonic() - self.last_snapshot >= rule.period:
+            return True
+        return idle and self.line is not None and not self.line.has_frame()
+
+    # -- failing
+
+    def _raised(self, place: int, error: BaseException) -> int:
+        """Deal with what a handler raised; what ends a process ends this one."""
+        assert self.deliver is not None
+        number = self.deliver.number + self.offsets[place]
+        self.outputs.fresh.clear()
+        if not isinstance(error, SystemExit | Stopped):
+            self._failed(number, error)
+            return place
+        self.upto = number
+        if self.spec.snapshot is None and (self.outputs.kept or self.outputs.size or self.replies or self.failures):
+            self._report()  # what is finished is committed first
+        raise error
+
+    def _failed(self, number: int, error: BaseException) -> None:
+        """Note a failure; a retry without delay goes before everything that this process holds."""
+        self.board.map[Board.base + number % SLOTS] = FAILED
+        retry, delay = handlers.retry_after(self.work, error, self._attempt(number))
+        reason = {Reject: "rejected", RetryLater: "later"}.get(type(error), "exception")
+        text = codec.traceback_text(error, __file__)[-TRACEBACK_CHARS:]
+        self.failures.append(Failure(number, reason, codec.encode_error(error), text, retry, delay))
+        self.upto = number + 1
+        if retry and delay <= 0:
+            self._report(returned=True)
+            self.generation += 1
+        elif len(self.failures) >= 16:
+            self._report()
+
+    def _attempt(self, number: int) -> int:
+        assert self.deliver is not None
+        index = self.deliver.index + number - self.deliver.number
+        return (self.deliver.attempts or {}).get(index, 1)
+
+    # -- reporting
+
+    def _report(self, *, returned: bool = False, ran: int = 0, seconds: float = 0.0) -> None:
+        """Send acks, failures, outputs, replies and snapshot as one numbered frame."""
+        snapshot, blob = self._take_snapshot()
+        self.frame += 1
+        report = Report(
+            self.frame, self.upto, ran, seconds, self.failures, self.outputs.take(), self.replies,
+            snapshot, blob, returned, self.generation,
+        )  # fmt: skip
+        header = encode(report)
+        if len(header) < frames.MAX_FRAME - frames.HEAD.size:
+            data = frames.frame(frames.REPORT, header)
+        else:
+            data = frames.frame(frames.SPILLED, encode(frames.Spilled(frames.REPORT, len(header), self.blobs.write(header))))
+        self.failures, self.replies = [], []
+        self.last_report = time.monotonic()
+        self.unconfirmed.append((self.frame, data))
+        self._write(data)
+
+    def _take_snapshot(self) -> tuple[bytes | None, str | None]:
+        if self.spec.snapshot is None or self.runner.subscriber is None or not self.unsaved:
+            return None, None
+        self.unsaved = 0
+        self.last_snapshot = time.monotonic()
+        data = codec.encode(self.runner.subscriber.snapshot(), "snapshot")
+        return (data, None) if len(data) < BLOB_MIN else (None, self.blobs.write(data))
+
+    # -- what a handler may ask (Context)
+
+    def publish(
+        self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool
+    ) -> EventId:
+        if now:
+            epoch = self.deliver.epoch if self.deliver is not None else 0
+            return connection_to(self.address).publish(key, payload, ordering_key=ordering_key, headers=headers, epoch=epoch)
+        extra = frames.Extra(ordering_key, headers) if ordering_key is not None or headers else None
+        return EventId.make(self.incarnation, self.outputs.publish(key, codec.encode(payload), extra))
+
+    def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
+        return connection_to(self.address).request(key, payload, target)
+
+    def current_event(self) -> Event:
+        """Build the event from the delivery and the state bytes."""
+        slot = self.board.running_slot()
+        if self.deliver is None or slot is None:
+            raise HubError("mphub.current_event: no event is being handled; it works in handle(payload), not in setup or teardown")
+        offset = (slot - self.deliver.number) % SLOTS
+        payload = codec.loads(self.events[self.offsets.index(offset)])
+        return event_of(self.deliver.batch, self.deliver.index + offset, payload, self._attempt(self.deliver.number + offset))
+
+
+def slots_of(number: int, offsets: Sequence[int]) -> Sequence[int]:
+    """Return where in the board's map the states of delivery numbers are."""
+    first = number % SLOTS
+    if isinstance(offsets, range) and first + len(offsets) <= SLOTS:
+        return range(Board.base + first, Board.base + first + len(offsets))
+    return [Board.base + (first + offset) % SLOTS for offset in offsets]
+
+
+def _raise_stopped(*_: object) -> None:
+    raise Stopped
+
+
+def run_worker(address: Address, spec: Spec, incarnation: int, board: Path, crash: Path) -> int:
+    """Be a subscriber's process; return its exit code. What ``setup`` raised is left in the crash file."""
+    with open(crash, "wb", buffering=0) as file:
+        faulthandler.enable(file)
+        worker = Worker(address, spec, incarnation, board)
+        try:
+            worker.run()
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        except Stopped:
+            return 128 + signal.SIGTERM
+        except BaseException as error:
+            file.write(encode((codec.encode_error(error), codec.traceback_text(error, __file__))))
+            return 1
+        finally:
+            faulthandler.disable()
+    return 0

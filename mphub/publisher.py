@@ -1,0 +1,184 @@
+"""The publishing end: ``Publisher`` for any process, transactions, and the queue with the ``multiprocessing.Queue`` interface."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing.queues
+import queue as stdlib_queue
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn, TypeVar, overload
+
+from mphub.connection import Address, Connection, connection_to
+from mphub.core.keys import check_key
+from mphub.errors import InvalidOption, PayloadError
+from mphub.events import EventId, Topic
+from mphub.reply import Reply
+from mphub.wire import codec
+from mphub.wire.frames import Extra
+
+T = TypeVar("T")
+
+
+class Publisher:
+    """Publishes to a hub from any process; thread-safe, picklable. All publishers of one process share one connection and its order."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+
+    def __reduce__(self) -> tuple[type[Publisher], tuple[Address]]:
+        return type(self), (self._address,)
+
+    @property
+    def _connection(self) -> Connection:
+        return connection_to(self._address)
+
+    @overload
+    def publish(
+        self, key: Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, confirm: bool = False
+    ) -> EventId: ...
+    @overload
+    def publish(
+        self, key: str, payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, confirm: bool = False
+    ) -> EventId: ...
+    def publish(
+        self, key: str | Topic[T], payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, confirm: bool = False
+    ) -> EventId:
+        """Send one event; pipelined unless ``confirm``.
+
+        Raises InvalidKey, PayloadError, HubClosed; with ``confirm`` NoSubscriber.
+        """
+        return self._connection.publish(check_key(str_of(key)), payload, ordering_key=ordering_key, headers=check_headers(headers), confirm=confirm)
+
+    def publish_batch(self, key: str | Topic[T], payloads: Iterable[object]) -> int:
+        """Send the payloads of an iterable one after the other, with bounded memory; return how many."""
+        count, name, connection = 0, check_key(str_of(key)), self._connection
+        for payload in payloads:
+            connection.publish(name, payload)
+            count += 1
+        return count
+
+    async def publish_async(self, key: str | Topic[T], payload: object, *, confirm: bool = False) -> EventId:
+        """Send one event without blocking the running loop."""
+        return await asyncio.to_thread(self.publish, str_of(key), payload, confirm=confirm)
+
+    def transaction(self) -> Transaction:
+        """Collect events that are journaled together on leaving the ``with`` block, or not at all."""
+        return Transaction(self)
+
+    def request(self, key: str | Topic[T], payload: object, *, to: str | None = None) -> Reply[object]:
+        """Ask the one subscriber of a key that answers (or the one named by ``to``)."""
+        return self._connection.request(check_key(str_of(key)), payload, to)
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until everything that this process published is accepted; seconds.
+
+        Raises DrainTimeout, HubClosed, or what an event was refused for.
+        """
+        self._connection.flush(timeout)
+
+    def close(self) -> None:
+        """Flush; the process's connection stays, as others share it."""
+        self._connection.flush(5.0)
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Transaction:
+    """Events that are accepted together: committed and confirmed on leaving, discarded on an exception."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self._events: list[tuple[str, bytes, Extra | None]] = []
+
+    def publish(self, key: str | Topic[T], payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None) -> None:
+        """Add one event."""
+        extra = Extra(ordering_key, check_headers(headers)) if ordering_key is not None or headers else None
+        self._events.append((check_key(str_of(key)), codec.encode(payload), extra))
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None and self._events:
+            self._publisher._connection.publish_together(self._events)
+        self._events = []
+
+
+if TYPE_CHECKING:
+    _Queue = multiprocessing.queues.Queue[tuple[str, object]]
+else:  # not subscriptable at run time
+    _Queue = multiprocessing.queues.Queue
+
+
+class HubQueue(_Queue):
+    """The hub's ingress with the interface of ``multiprocessing.Queue``: ``put((key, payload))`` from any process."""
+
+    def __init__(self, address: Address) -> None:  # not the base's: this queue has no pipe, lock or feeder thread
+        self._publisher = Publisher(address)
+
+    def __getstate__(self) -> Address:  # type: ignore[override]
+        return self._publisher._address
+
+    def __setstate__(self, address: Address) -> None:  # type: ignore[override]
+        self._publisher = Publisher(address)
+
+    def put(self, obj: tuple[str, object], block: bool = True, timeout: float | None = None) -> None:
+        """Publish a (key, payload) pair.
+
+        Raises PayloadError for anything else, queue.Full if it may not wait and the key is held.
+        """
+        if not (isinstance(obj, tuple | list) and len(obj) == 2):
+            raise PayloadError(f"hub.queue takes (key, payload) pairs; got {type(obj).__name__} {obj!r:.60}")
+        key = check_key(str_of(obj[0]))
+        if (not block or timeout is not None) and not self._publisher._connection.wait_room(key, timeout if block else 0.0):
+            raise stdlib_queue.Full
+        self._publisher.publish(key, obj[1])
+
+    def put_nowait(self, obj: tuple[str, object]) -> None:
+        self.put(obj, block=False)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> NoReturn:
+        raise TypeError("hub.queue is the hub's ingress and is read by its router: subscribe a handler instead of get()")
+
+    def get_nowait(self) -> NoReturn:
+        self.get()
+
+    def qsize(self) -> int:
+        """Return the frames of this process that are not confirmed yet."""
+        return self._publisher._connection.unconfirmed
+
+    def empty(self) -> bool:
+        return self.qsize() == 0
+
+    def full(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._publisher.close()
+
+    def join_thread(self) -> None:
+        """Wait until everything put is accepted."""
+        self._publisher.flush()
+
+    def cancel_join_thread(self) -> None:
+        """Nothing to cancel: a process that ends flushes for at most 5 s anyway."""
+
+
+def str_of(key: object) -> str:
+    """Return the key of a Topic; anything else as it is, to be checked."""
+    return key.key if isinstance(key, Topic) else key  # type: ignore[return-value]
+
+
+def check_headers(headers: dict[str, str] | None) -> dict[str, str] | None:
+    """Return headers that can be sent.
+
+    Raises InvalidOption.
+    """
+    if headers is not None and not (isinstance(headers, dict) and all(isinstance(x, str) for pair in headers.items() for x in pair)):
+        raise InvalidOption(f"headers: got {headers!r:.80}; expected a dict of str to str")
+    return headers

@@ -1,0 +1,1 @@
+"""What is kept: the journal, the progress boards, the blob files."""

@@ -1,0 +1,103 @@
+"""The progress board of one incarnation: a mapped file that tells, without asking the process, what it holds and how far it is.
+
+Layout: a page of flags, a ring of ranges (delivery number, count, batch row, index of the first event), a ring of state bytes, one per
+delivery number. The router writes ranges before it sends, the subscriber writes states, the supervisor reads.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+SLOTS: Final = 16384
+"""State bytes; a subscriber holds at most this many events."""
+RANGES: Final = 1024
+READY: Final = 0
+"""Offset of a flag."""
+_RANGE: Final = struct.Struct("<QIQI8x")
+_RINGS_AT: Final = 64
+_STATES_AT: Final = _RINGS_AT + RANGES * _RANGE.size
+SIZE: Final = _STATES_AT + SLOTS
+_HEAD: Final = struct.Struct("<Q")
+_HEAD_AT: Final = 8
+_ZEROES: Final = bytes(SLOTS)
+
+
+class Range(NamedTuple):
+    number: int
+    count: int
+    row: int
+    index: int
+
+
+class Board:
+    """A mapped board; ``states`` starts at ``base`` of the map."""
+
+    base: Final = _STATES_AT
+
+    def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
+        self.path = Path(path)
+        with open(path, "x+b" if create else "r+b") as file:
+            if create:
+                os.posix_fallocate(file.fileno(), 0, SIZE)  # a full tmpfs must say so here, not by SIGBUS later
+            self.map = mmap.mmap(file.fileno(), SIZE)
+
+    def close(self) -> None:
+        self.map.close()
+
+    def flag(self, which: int) -> bool:
+        return self.map[which] != 0
+
+    def raise_flag(self, which: int) -> None:
+        self.map[which] = 1
+
+    def hand_out(self, number: int, count: int, row: int, index: int) -> None:
+        """Note a range and clear its states; to be called before the frame is sent."""
+        self._clear(number, count)
+        (written,) = _HEAD.unpack_from(self.map, _HEAD_AT)
+        _RANGE.pack_into(self.map, _RINGS_AT + written % RANGES * _RANGE.size, number, count, row, index)
+        _HEAD.pack_into(self.map, _HEAD_AT, written + 1)
+
+    def ranges(self) -> Iterator[Range]:
+        """Yield the ranges that the ring still has, oldest first."""
+        (written,) = _HEAD.unpack_from(self.map, _HEAD_AT)
+        for i in range(max(0, written - RANGES), written):
+            yield Range._make(_RANGE.unpack_from(self.map, _RINGS_AT + i % RANGES * _RANGE.size))
+
+    def state(self, number: int) -> int:
+        return self.map[_STATES_AT + number % SLOTS]
+
+    def states(self, number: int, count: int) -> bytes:
+        """Return the states of ``count`` delivery numbers."""
+        first = number % SLOTS
+        part = self.map[_STATES_AT + first : _STATES_AT + min(SLOTS, first + count)]
+        return part + self.map[_STATES_AT : _STATES_AT + first + count - SLOTS] if first + count > SLOTS else part
+
+    def finished_any(self) -> bool:
+        """Say whether this incarnation has finished an event, successfully or not."""
+        return any(self.map.find(state, _STATES_AT, SIZE) >= 0 for state in (b"\x03", b"\x02", b"\x04"))
+
+    def running_slot(self) -> int | None:
+        """Return the slot of the first event that runs now, if any."""
+        found = self.map.find(b"\x01", _STATES_AT, SIZE)
+        return None if found < 0 else found - _STATES_AT
+
+    def number_at(self, slot: int) -> int | None:
+        """Return the newest delivery number that uses a slot."""
+        newest = None
+        for number, count, _, _ in self.ranges():
+            offset = (slot - number) % SLOTS
+            if offset < count:
+                newest = number + offset
+        return newest
+
+    def _clear(self, number: int, count: int) -> None:
+        first = number % SLOTS
+        fits = min(count, SLOTS - first)
+        self.map[_STATES_AT + first : _STATES_AT + first + fits] = _ZEROES[:fits]
+        if fits < count:
+            self.map[_STATES_AT : _STATES_AT + count - fits] = _ZEROES[: count - fits]

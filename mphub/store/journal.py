@@ -1,0 +1,259 @@
+"""The journal: every accepted event, its progress per subscriber, outputs, replies, snapshots and counters.
+
+``Journal`` is LMDB and is opened by the router alone: a frozen or dead reader of an LMDB file wedges or fills it. ``MemoryJournal`` keeps
+the same tables in dictionaries, for the inline engine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Final, Protocol
+
+import lmdb
+import msgspec
+
+from mphub.errors import JournalError
+from mphub.wire.frames import Batch
+
+TABLES: Final = ("meta", "rows", "singles", "progress", "subscribers", "dead", "replies", "publishers", "frames", "snapshots")
+FORMAT: Final = b"1"
+
+
+class Stored(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A row: the events of one frame as they came, and whom each is for, decided once, at acceptance."""
+
+    epoch: int
+    batch: Batch
+    matched: dict[int, list[tuple[int, int]] | None]
+    """subscriber number -> spans of its events (None: all)."""
+    body: bytes
+
+
+class Single(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One event cut out for one subscriber: it outlives its batch, as it is delayed or came back from the dead."""
+
+    epoch: int
+    batch: Batch
+    body: bytes
+    attempt: int
+    due: float
+
+
+class Progress(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What is unfinished of a row that is not as it was accepted."""
+
+    todo: list[tuple[int, int]]
+    attempts: dict[int, int]
+
+
+class Counters(msgspec.Struct, array_like=True, gc=False):
+    """One subscriber's books; they add up: accepted = handled + dead + dropped + what is pending."""
+
+    accepted: int = 0
+    handled: int = 0
+    failed: int = 0
+    retried: int = 0
+    dead: int = 0
+    seconds: float = 0.0
+    dropped: dict[str, int] = {}
+    pending: dict[int, int] = {}
+    """epoch -> events neither handled, dead nor dropped."""
+
+    @property
+    def unfinished(self) -> int:
+        return sum(self.pending.values())
+
+    def take_in(self, epoch: int, count: int) -> None:
+        self.accepted += count
+        self.pending[epoch] = self.pending.get(epoch, 0) + count
+
+    def settle(self, epoch: int, count: int) -> None:
+        """Take events off what is pending."""
+        left = self.pending[epoch] - count
+        if left:
+            self.pending[epoch] = left
+        else:
+            del self.pending[epoch]
+
+    def drop(self, reason: str, count: int) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+
+class SubscriberState(msgspec.Struct, array_like=True, gc=False):
+    """The row of a subscriber that is written in each turn that touches it."""
+
+    number: int
+    cursor: int
+    """Everything in rows before this one is finished for it."""
+    counters: Counters
+
+
+class Dead(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A dead letter as it is kept."""
+
+    subscriber: str
+    batch: Batch
+    """Of this one event."""
+    epoch: int
+    body: bytes
+    reason: str
+    attempts: int
+    at: float
+    error: bytes = b""
+    traceback: str = ""
+    exit: str | int | None = None
+    pid: int | None = None
+    rss: int | None = None
+    stderr: str = ""
+    told: bool = False
+    """Its failure was raised to the caller (inline), who knows."""
+
+
+class Keeper(Protocol):
+    """What the exchange asks of a journal; all calls but ``turn`` belong inside a turn."""
+
+    used: int
+
+    @contextmanager
+    def turn(self) -> Iterator[None]: ...
+    def get(self, table: str, key: bytes) -> bytes | None: ...
+    def put(self, table: str, key: bytes, value: bytes) -> None: ...
+    def append(self, table: str, key: bytes, value: bytes) -> None: ...
+    def delete(self, table: str, key: bytes) -> None: ...
+    def scan(self, table: str, start: bytes = b"", end: bytes | None = None) -> Iterator[tuple[bytes, bytes]]: ...
+    def close(self) -> None: ...
+
+
+class Journal:
+    """LMDB, one named database per kind of row, one transaction per turn."""
+
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
+        self.folder = Path(folder)
+        self._lock = lock_file(self.folder / "journal.lock")
+        # no writemap: a full tmpfs would be a SIGBUS; no lock file: nobody else may open it
+        self._env = lmdb.open(
+            str(self.folder), map_size=2 * max_bytes + (64 << 20), max_dbs=len(TABLES), sync=False, metasync=False, lock=False
+        )
+        self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
+        self._txn: lmdb.Transaction | None = None
+        self.used = 0
+        self._check_format()
+
+    def _check_format(self) -> None:
+        with self.turn():
+            found = self.get("meta", b"format")
+            if found not in (None, FORMAT):
+                raise JournalError(f"the journal in {self.folder} has format {found!r}; this mphub reads {FORMAT!r}: use the version that wrote it")
+            if found is None:
+                self.put("meta", b"format", FORMAT)
+            for name in TABLES:
+                self.used += sum(on_disk(value) for _, value in self.scan(name))
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Commit what happens inside, all or nothing."""
+        with self._env.begin(write=True, buffers=False) as txn:
+            self._txn = txn
+            try:
+                yield
+            finally:
+                self._txn = None
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        value = self._in_turn().get(key, db=self._tables[table])
+        return None if value is None else bytes(value)
+
+    def put(self, table: str, key: bytes, value: bytes) -> None:
+        old = self.get(table, key)
+        if not self._in_turn().put(key, value, db=self._tables[table]):
+            raise JournalError(f"{table} row {key!r} was not written")
+        self.used += on_disk(value) - (on_disk(old) if old is not None else 0)
+
+    def append(self, table: str, key: bytes, value: bytes) -> None:
+        """Put a row behind all others (its own result is the only sign that it was not)."""
+        if not self._in_turn().put(key, value, append=True, db=self._tables[table]):
+            raise JournalError(f"{table} row {key!r} is not behind the last one")
+        self.used += on_disk(value)
+
+    def delete(self, table: str, key: bytes) -> None:
+        old = self._in_turn().pop(key, db=self._tables[table])
+        if old is not None:
+            self.used -= on_disk(old)
+
+    def scan(self, table: str, start: bytes = b"", end: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """Yield rows from ``start`` on, in order, before ``end``."""
+        with self._in_turn().cursor(db=self._tables[table]) as cursor:
+            if not cursor.set_range(start):
+                return
+            for key, value in cursor.iternext():
+                if end is not None and key >= end:
+                    return
+                yield bytes(key), bytes(value)
+
+    def close(self) -> None:
+        self._env.close()
+        self._lock.close()
+
+    def _in_turn(self) -> lmdb.Transaction:
+        if self._txn is None:
+            raise JournalError("the journal was used outside a turn")
+        return self._txn
+
+
+class MemoryJournal:
+    """The same tables in dictionaries: for the inline engine, whose events do not outlive their process anyway."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, dict[bytes, bytes]] = {name: {} for name in TABLES}
+        self.used = 0
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        yield
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        return self._tables[table].get(key)
+
+    def put(self, table: str, key: bytes, value: bytes) -> None:
+        self.delete(table, key)
+        self._tables[table][key] = value
+        self.used += on_disk(value)
+
+    append = put
+
+    def delete(self, table: str, key: bytes) -> None:
+        old = self._tables[table].pop(key, None)
+        if old is not None:
+            self.used -= on_disk(old)
+
+    def scan(self, table: str, start: bytes = b"", end: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        for key in sorted(k for k in self._tables[table] if k >= start and (end is None or k < end)):
+            yield key, self._tables[table][key]
+
+    def close(self) -> None:
+        self._tables.clear()
+
+
+def on_disk(value: bytes) -> int:
+    """Estimate what a row takes: LMDB puts what exceeds half a page on pages of its own."""
+    size = len(value)
+    return size + 64 if size < 2000 else (size + 4111) // 4096 * 4096
+
+
+def lock_file(path: Path) -> IO[bytes]:
+    """Open and lock a file; the kernel lets go of it when this process ends, however.
+
+    Never open it a second time in one process: closing that one would drop the lock (POSIX).
+    Raises BlockingIOError: another process holds it.
+    """
+    file = open(path, "a+b")  # noqa: SIM115 (it stays open as long as the lock)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        file.close()
+        raise
+    return file

@@ -1,0 +1,131 @@
+"""The subscribing end: the ``Subscriber`` class, and what is to be had inside a handler."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, overload
+
+from mphub.errors import HubError
+from mphub.events import Event, EventId, Topic
+
+if TYPE_CHECKING:
+    from mphub.reply import Reply
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Subscriber(Generic[T, R]):
+    """A handler with a life: everything of it runs in the subscriber's process.
+
+    ``setup`` runs first, then ``restore`` with the last snapshot if there is one, then ``handle`` for each payload; ``teardown`` runs at a
+    stop, never after a death. ``setup`` and ``teardown`` may publish. A class that defines ``snapshot`` has its state committed in the
+    transaction that acks the events it contains.
+    """
+
+    answers: bool = True
+    """Whether requests to its keys are for it."""
+    name: str
+    """The subscription's name, set before ``setup``."""
+    replica: int = 0
+    log: logging.Logger
+    """The logger ``mphub.subscriber.<name>``."""
+
+    def setup(self) -> None:
+        """Prepare: load models, open files."""
+
+    def handle(self, payload: T) -> R:
+        """Handle one payload; the result answers a request and is published under ``to``."""
+        raise NotImplementedError(f"{type(self).__name__} must define handle(self, payload)")
+
+    def teardown(self) -> None:
+        """Clean up at a stop; it has ``Stop.ask`` seconds."""
+
+    def snapshot(self) -> object:
+        """Return the state that ``restore`` takes in a new process."""
+        return None
+
+    def restore(self, state: object) -> None:
+        """Take up the state of the last snapshot."""
+
+
+class Context(Protocol):
+    """What surrounds a running handler."""
+
+    name: str
+    thread: int
+
+    def publish(
+        self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool
+    ) -> EventId: ...
+    def request(self, key: str, payload: object, target: str | None) -> Reply[object]: ...
+    def current_event(self) -> Event: ...
+
+
+class _Holder:
+    """The context of this process: a plain attribute, as a contextvar per event nearly halved the rate at fan-out."""
+
+    __slots__ = ("context",)
+    context: Context | None
+
+    def __init__(self) -> None:
+        self.context = None
+
+
+holder = _Holder()
+
+
+def _forget_context() -> None:
+    holder.context = None  # a process that a handler forks is none of ours: publishing there is ordinary publishing
+
+
+os.register_at_fork(after_in_child=_forget_context)
+
+
+def inside() -> Context | None:
+    """Return the context if this thread runs a handler of this process."""
+    context = holder.context
+    return context if context is not None and context.thread == threading.get_ident() else None
+
+
+def is_importing() -> bool:
+    """Say whether a module is being imported further up this thread's stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+@overload
+def publish(key: Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False) -> EventId: ...
+@overload
+def publish(key: str, payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False) -> EventId: ...
+def publish(
+    key: str | Topic[T], payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False
+) -> EventId:
+    """Publish from inside a handler: committed with the ack of the event that is being handled.
+
+    With ``now=True`` it goes out at once, at least once, also when this attempt fails later.
+    Raises HubError outside a handler, InvalidKey, PayloadError.
+    """
+    return _context("publish").publish(str(key), payload, ordering_key=ordering_key, headers=headers, now=now)
+
+
+def current_event() -> Event:
+    """Return the event that is being handled.
+
+    Raises HubError outside a handler.
+    """
+    return _context("current_event").current_event()
+
+
+def _context(what: str) -> Context:
+    context = inside()
+    if context is None:
+        raise HubError(f"mphub.{what} works inside a handler only (in the thread that called it); elsewhere use hub.{what if what == 'publish' else 'publish'}")
+    return context

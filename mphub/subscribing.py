@@ -1,0 +1,87 @@
+"""From the arguments of ``subscribe`` to a spec: checked here, pickled once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mphub.core.keys import check_key, check_name, check_pattern
+from mphub.errors import InvalidKey, InvalidOption
+from mphub.events import Topic
+from mphub.options import Inbox, Limits, Restart, Retry, Snapshot
+from mphub.procs import handlers
+from mphub.publisher import str_of
+from mphub.subscriber import Subscriber
+from mphub.wire import codec
+from mphub.wire.specs import Spec, Surroundings
+
+Handler = Callable[..., object] | type[Subscriber[Any, Any]] | Subscriber[Any, Any] | str
+
+
+def make_spec(
+    keys: str | Topic[Any] | Sequence[str | Topic[Any]], handler: Handler, name: str, to: str | Topic[Any] | None,
+    retry: Retry, restart: Restart, inbox: Inbox, limits: Limits, snapshot: Snapshot | None,
+) -> Spec:  # fmt: skip
+    """Check a subscription and pickle its handler.
+
+    Raises InvalidKey, InvalidOption, PayloadError.
+    """
+    handlers.check_handler(handler)
+    check_types(retry=(retry, Retry), restart=(restart, Restart), inbox=(inbox, Inbox), limits=(limits, Limits))
+    target = None if to is None else check_key(str_of(to))
+    work = handlers.Work(handler, retry.on, retry.delay, retry.factor, retry.max_delay, target)
+    cls = handlers.subscriber_class(handler)
+    return Spec(
+        name=check_name(name), patterns=patterns_of(keys), handler=codec.encode(work, f"the handler of {name!r}"), surroundings=surroundings(),
+        inbox=inbox, limits=limits, restart=restart, max_attempts=retry.max_attempts,
+        snapshot=snapshot_rule(cls, snapshot), answers=True if cls is None else cls.answers,
+    )  # fmt: skip
+
+
+def patterns_of(keys: object) -> list[str]:
+    """Return the patterns, each once.
+
+    Raises InvalidKey.
+    """
+    if isinstance(keys, str | Topic):
+        keys = [keys]
+    if not isinstance(keys, list | tuple | set | frozenset) or not keys:
+        raise InvalidKey(f"keys: got {type(keys).__name__} {keys!r:.60}; expected a key, a pattern, a Topic, or a list of them")
+    return list(dict.fromkeys(check_pattern(str_of(key)) for key in keys))
+
+
+def snapshot_rule(cls: type[Subscriber[Any, Any]] | None, rule: Snapshot | None) -> Snapshot | None:
+    """Return when snapshots are taken: by default whenever the class defines ``snapshot``."""
+    defines = cls is not None and cls.snapshot is not Subscriber.snapshot
+    if rule is None:
+        return Snapshot() if defines else None
+    check_types(snapshot=(rule, Snapshot))
+    if cls is not None and not defines:
+        raise InvalidOption(f"snapshot: class {cls.__name__} has no snapshot() and restore(): define them, or leave snapshot=None")
+    if cls is None:
+        raise InvalidOption("snapshot: the handler is a function; only a Subscriber class can have snapshot() and restore()")
+    return rule
+
+
+def surroundings() -> Surroundings:
+    """Note what this process looks like now: every incarnation begins with it."""
+    path = [os.getcwd() if entry == "" else entry for entry in sys.path]
+    return Surroundings(os.getcwd(), path, dict(os.environ))
+
+
+def check_types(**options: tuple[object, type]) -> None:
+    for field, (value, wanted) in options.items():
+        if not isinstance(value, wanted):
+            raise InvalidOption(f"{field}: got {value!r:.60}; expected {wanted.__name__}(...)")
+
+
+def refuse_unavailable(**options: tuple[object, object]) -> None:
+    """Refuse options of later versions.
+
+    Raises InvalidOption.
+    """
+    for field, (value, default) in options.items():
+        if value != default:
+            raise InvalidOption(f"{field}: got {value!r:.60}; this version has only {field}={default!r}")

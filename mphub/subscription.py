@@ -1,0 +1,82 @@
+"""A subscription, as its hub's process holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from mphub.events import DeadLetter
+from mphub.observe.statistics import SubscriberStatistics
+from mphub.reply import Reply, Results
+from mphub.wire.specs import Spec
+
+if TYPE_CHECKING:
+    from mphub.hub import EventHub
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Subscription(Generic[T, R]):
+    """One subscriber: ask it, look at it, restart it, end it. Made by ``hub.subscribe``."""
+
+    def __init__(self, hub: EventHub, spec: Spec, handler: object) -> None:
+        self._hub, self._spec, self._handler = hub, spec, handler
+
+    def __repr__(self) -> str:
+        return f"<Subscription {self.name!r} to {', '.join(self.keys)}: {self.state}>"
+
+    @property
+    def name(self) -> str:
+        return self._spec.name
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self._spec.patterns)
+
+    @property
+    def state(self) -> str:
+        """STARTING, RUNNING, BACKOFF, STOPPING, STOPPED or FATAL."""
+        return self._hub._state_of(self.name)
+
+    def request(self, payload: T) -> Reply[R]:
+        """Ask this subscriber; the reply ends with its result or with why there is none."""
+        return self._hub._request(self._own_key(), payload, self.name)  # type: ignore[return-value]
+
+    def map(self, payloads: Iterable[T]) -> Results[R]:
+        """Ask it for each payload, a bounded number ahead; results in the order of the payloads."""
+        return Results(self.request, payloads)  # type: ignore[arg-type]
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Wait until it is RUNNING; seconds.
+
+        Raises StartFailed if it is FATAL first, TimeoutError.
+        """
+        self._hub._wait_ready(self.name, timeout)
+
+    def restart(self) -> None:
+        """End its process by the ladder and start another; charged to nobody. Also revives a FATAL one."""
+        self._hub._restart(self.name)
+
+    def unsubscribe(self, *, drain: bool = True, forget: bool = False) -> None:
+        """Route nothing more to it, let it finish what waits (or drop that, counted as ``unsubscribed``), and end it."""
+        self._hub._unsubscribe(self.name, drain=drain)
+
+    def statistics(self) -> SubscriberStatistics:
+        return self._hub.statistics().subscribers[self.name]
+
+    def dead_letters(self) -> list[DeadLetter]:
+        return self._hub.dead_letters(self.name)
+
+    def redrive(self, ids: Collection[int] | None = None) -> int:
+        """Let its dead letters (or those of some ids) wait again; return how many."""
+        return self._hub.redrive(self.name, ids)
+
+    def purge(self, ids: Collection[int] | None = None) -> int:
+        """Drop its dead letters, counted as ``purged``; return how many."""
+        return self._hub.purge(self.name, ids)
+
+    def _own_key(self) -> str:
+        """The key of its requests: its first pattern if that is a key, else its name."""
+        first = self.keys[0]
+        return self.name if "*" in first or ">" in first else first

@@ -1,0 +1,1 @@
+"""What travels between processes: frames, pickles, streams."""

@@ -1,0 +1,88 @@
+"""Payloads, handlers and exceptions as bytes: pickle 5, cloudpickle where pickle cannot."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import traceback
+from types import ModuleType
+
+from mphub.errors import PayloadError, RemoteError, RemoteTraceback
+
+loads = pickle.loads
+MAIN_NAMES = (b"__main__", b"__mp_main__")
+
+
+def encode(payload: object, what: str = "payload") -> bytes:
+    """Pickle an object so that any process can load it.
+
+    Classes and functions of ``__main__`` travel by value, as no other process imports it (35 + 21 us against 4).
+
+    Raises PayloadError: it cannot be pickled.
+    """
+    try:
+        data = pickle.dumps(payload, 5)
+    except Exception:
+        return encode_by_value(payload, what)
+    if MAIN_NAMES[0] in data or MAIN_NAMES[1] in data:
+        return encode_by_value(payload, what)
+    return data
+
+
+def encode_by_value(payload: object, what: str) -> bytes:
+    """Pickle with cloudpickle: lambdas, closures and what ``__main__`` defines."""
+    try:
+        return bytes(_cloudpickle().dumps(payload, 5))
+    except Exception as error:
+        raise PayloadError(
+            f"{what} cannot be pickled: got {_short(payload)} ({type(error).__name__}: {error}); "
+            "expected plain data, or objects whose parts can be pickled; open files, locks, sockets and generators cannot be sent"
+        ) from error
+
+
+def encode_error(error: BaseException) -> bytes:
+    """Pickle an exception; what cannot be pickled and loaded again becomes a RemoteError with its text."""
+    try:
+        data = encode(error, "exception")
+        loads(data)
+    except Exception:
+        return pickle.dumps(RemoteError(f"{type(error).__name__}: {error}"), 5)
+    return data
+
+
+def decode_error(data: bytes, remote: str = "") -> BaseException:
+    """Load an exception, with the traceback of where it was raised as its cause."""
+    try:
+        error = loads(data)
+    except Exception as reason:
+        error = RemoteError(f"an exception that cannot be loaded here ({type(reason).__name__}: {reason})")
+    if not isinstance(error, BaseException):
+        error = RemoteError(repr(error))
+    if remote:
+        error.__cause__ = RemoteTraceback(remote)
+    return error
+
+
+def traceback_text(error: BaseException, skip_below: str = "") -> str:
+    """Format a traceback without the frames of the file ``skip_below``."""
+    trace = error.__traceback__
+    while trace is not None and skip_below and trace.tb_frame.f_code.co_filename == skip_below:
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace))
+
+
+def _cloudpickle() -> ModuleType:
+    import cloudpickle  # 20 ms that most publishers never need
+
+    script = sys.modules.get("__mp_main__")
+    if script is not None and "__mp_main__" not in cloudpickle.list_registry_pickle_by_value():
+        cloudpickle.register_pickle_by_value(script)
+    return cloudpickle  # type: ignore[no-any-return]
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"<repr raised {type(error).__name__}>"
+    return f"{type(value).__name__} {text[:80]}"

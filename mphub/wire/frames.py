@@ -1,0 +1,248 @@
+"""Everything that crosses a process boundary, as small frozen structs.
+
+A frame is ``HEAD`` (bytes that follow, kind, bytes of header), the header (msgpack of one struct below) and a body. The body of events is
+a msgpack array of opaque byte strings, so that the router cuts one event out without unpickling.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+HEAD: Final = struct.Struct("<IBI")
+MAX_FRAME: Final = 1 << 20
+"""Bytes after the head; what is larger is spilled to a blob file."""
+BLOB_MIN: Final = 64 << 10
+"""Bytes from which one pickle, handler, snapshot or set of outputs is a file of its own."""
+MAX_EVENTS: Final = 8192
+"""Events in one frame: half a board, so that a whole frame always fits one subscriber's credit."""
+
+# publisher -> router
+HELLO_PUBLISHER, BATCH, REPLIES_TAKEN, BYE = 1, 2, 3, 4
+# router -> publisher
+CONFIRM, HOLD, REPLY, CLOSED = 10, 11, 12, 13
+# subscriber -> router
+HELLO_SUBSCRIBER, READY, REPORT = 20, 21, 22
+# router -> subscriber
+DELIVER, REPORT_CONFIRM, STOP, WELCOME = 30, 31, 32, 33
+# hub <-> supervisor <-> router
+HELLO_CONTROL, CALL, ANSWER, PUSH = 40, 41, 42, 43
+SPILLED = 50
+"""The frame itself is a blob file (header: ``Spilled``)."""
+
+WIRE_KINDS: Final = frozenset(
+    {HELLO_PUBLISHER, BATCH, REPLIES_TAKEN, BYE, CONFIRM, HOLD, REPLY, CLOSED, HELLO_SUBSCRIBER, READY, REPORT}
+    | {DELIVER, REPORT_CONFIRM, STOP, WELCOME, HELLO_CONTROL, CALL, ANSWER, PUSH, SPILLED}
+)
+
+
+class ProtocolError(Exception):
+    """Bytes on a stream that no process of ours sends: that connection is closed, no other."""
+
+
+class Wire(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A header: travels as a msgpack array of its fields."""
+
+
+class Spilled(Wire):
+    kind: int
+    header: int
+    blob: str
+
+
+class HelloPublisher(Wire):
+    token: bytes
+    publisher: int
+    pid: int
+    started: float
+
+
+class Extra(Wire):
+    """What only few events have."""
+
+    ordering_key: str | None = None
+    headers: dict[str, str] | None = None
+
+
+class Batch(Wire):
+    """A run of events of one publisher: event i has the id (publisher, number + i)."""
+
+    publisher: int
+    sequence: int
+    number: int
+    runs: list[tuple[str, int]]
+    published_at: float
+    epoch: int = 0
+    """The drain epoch of the cause; 0: that of the arrival."""
+    target: str | None = None
+    """The one subscriber that a request is for."""
+    reply: bool = False
+    strict: bool = False
+    """Refuse the batch when nobody subscribes to its key."""
+    blob: str | None = None
+    """The file that is the body."""
+    size: int = 0
+    """Bytes of the body, wherever it is."""
+    extras: dict[int, Extra] | None = None
+
+    @property
+    def count(self) -> int:
+        return sum(count for _, count in self.runs)
+
+
+class Confirm(Wire):
+    """Everything up to ``sequence`` is in the journal, but for what was refused."""
+
+    sequence: int
+    refused: list[tuple[int, str, str]] = []
+    """(sequence, kind of error, message)."""
+
+
+class Hold(Wire):
+    """Full patterns, all of them: keys that match one wait in the publisher."""
+
+    patterns: list[str]
+
+
+class Reply(Wire):
+    number: int
+    outcome: str
+    """``ok`` or the name of what ended it: exception, crashed, timeout, fatal, dropped, closed, nobody, ambiguous."""
+    body: bytes
+    blob: str | None = None
+
+
+class RepliesTaken(Wire):
+    numbers: list[int]
+
+
+class HelloSubscriber(Wire):
+    token: bytes
+    incarnation: int
+    ready: bool
+    expects: int
+    """The delivery number that it has not seen yet."""
+    generation: int = 0
+
+
+class Welcome(Wire):
+    """The router's answer to a subscriber's hello: its last snapshot, if it is to begin with one."""
+
+    snapshot: bytes = b""
+    blob: str | None = None
+
+
+class Deliver(Wire):
+    """Events ``index`` to ``index + count - 1`` of a batch, numbered from ``number`` on in this incarnation."""
+
+    number: int
+    generation: int
+    confirmed: int
+    row: int
+    epoch: int
+    index: int
+    count: int
+    batch: Batch
+    chosen: list[int] | None = None
+    """Offsets of the events that are for this subscriber (None: all); the body holds just these, a blob holds all."""
+    attempts: dict[int, int] | None = None
+
+
+class DeliverRaw(Wire):
+    """``Deliver`` as the router writes it: the publisher's header passes through as bytes."""
+
+    number: int
+    generation: int
+    confirmed: int
+    row: int
+    epoch: int
+    index: int
+    count: int
+    batch: msgspec.Raw
+    chosen: list[int] | None = None
+    attempts: dict[int, int] | None = None
+
+
+class Failure(Wire):
+    """One event whose handler raised."""
+
+    number: int
+    reason: str
+    """``exception``, ``rejected`` or ``later``."""
+    error: bytes
+    traceback: str
+    retry: bool = False
+    delay: float = 0.0
+
+
+class ReplyRow(Wire):
+    publisher: int
+    number: int
+    outcome: str
+    body: bytes
+    blob: str | None = None
+
+
+class Output(Wire):
+    """What handlers published: a batch of the incarnation, committed with the ack of its cause."""
+
+    batch: Batch
+    body: bytes
+
+
+class Report(Wire):
+    """Everything up to delivery number ``upto`` (exclusive) has run; ``failures`` say which did not succeed."""
+
+    frame: int
+    upto: int
+    ran: int
+    seconds: float
+    failures: list[Failure] = []
+    outputs: list[Output] = []
+    replies: list[ReplyRow] = []
+    snapshot: bytes | None = None
+    snapshot_blob: str | None = None
+    returned: bool = False
+    """What it held from ``upto`` on was given back unstarted: a retry without delay goes first."""
+    generation: int = 0
+
+class Call(Wire):
+    id: int
+    op: str
+    args: dict[str, Any] = {}
+
+
+class Answer(Wire):
+    id: int
+    result: Any = None
+    error: str | None = None
+    """Name of the error class; ``result`` is then its message."""
+
+
+class Push(Wire):
+    """News for the hub object: a line of a child or a notice."""
+
+    what: str
+    args: dict[str, Any] = {}
+
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+split = msgspec.msgpack.Decoder(list[bytes]).decode
+"""The events of a body."""
+join = _encoder.encode
+"""A body from a list of events."""
+
+
+def decoder(kind: type[T]) -> msgspec.msgpack.Decoder[T]:
+    """Make the strict decoder of one header struct."""
+    return msgspec.msgpack.Decoder(kind)
+
+
+def frame(kind: int, header: bytes = b"", body: bytes | memoryview = b"") -> bytes:
+    """Put a frame together; the caller has made sure that it is at most MAX_FRAME."""
+    return b"".join((HEAD.pack(len(header) + len(body), kind, len(header)), header, body))

@@ -1,0 +1,32 @@
+"""What a subscription is, as it travels from the hub to the supervisor, the router's journal and the subscriber's process."""
+
+from __future__ import annotations
+
+import msgspec
+
+from mphub.options import Inbox, Limits, Restart, Snapshot
+
+
+class Surroundings(msgspec.Struct, frozen=True):
+    """What every incarnation begins with: that of the hub's process at ``subscribe``."""
+
+    cwd: str
+    path: list[str]
+    environment: dict[str, str]
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """One subscription."""
+
+    name: str
+    patterns: list[str]
+    handler: bytes
+    """Pickled ``Work``; opaque to all but the subscriber's process."""
+    surroundings: Surroundings
+    inbox: Inbox
+    limits: Limits
+    restart: Restart
+    max_attempts: int
+    handler_blob: str | None = None
+    snapshot: Snapshot | None = None
+    answers: bool = True
