@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import deque
 from multiprocessing import util as mp_util
+from pickle import dumps
 
 import msgspec
 import psutil
@@ -21,7 +22,19 @@ from mphub.events import EventId
 from mphub.reply import Reply, failure_of
 from mphub.store.blobs import Blobs
 from mphub.wire import codec, frames
-from mphub.wire.frames import BLOB_MIN, MAX_EVENTS, Batch, Confirm, Extra, HelloPublisher, Hold, RepliesTaken, decoder, encode, join
+from mphub.wire.frames import (
+    BLOB_MIN,
+    MAX_EVENTS,
+    Batch,
+    Confirm,
+    Extra,
+    HelloPublisher,
+    Hold,
+    RepliesTaken,
+    decoder,
+    encode,
+    join,
+)
 from mphub.wire.stream import Line, shut
 
 log = logging.getLogger("mphub")
@@ -32,6 +45,9 @@ MANY = 32
 BATCH_BYTES = 60 << 10
 SILENCE = 10.0
 """Seconds without any answer after which a hub counts as gone."""
+Mode = tuple[str | None, bool, int]
+"""(target, is a request, epoch): what all events of a frame have in common."""
+PLAIN: Mode = (None, False, 0)
 LAST_FLUSH = 5.0
 """Seconds that the end of a process waits for its confirms."""
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -65,6 +81,7 @@ class Connection:
     def _reset(self) -> None:
         """Begin anew: in a forked child everything here is the parent's."""
         self.id = int.from_bytes(os.urandom(8), "big")
+        self._base = self.id << 40
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -74,7 +91,7 @@ class Connection:
         self._number = 0
         self._sequence = 0
         self._clear_batch()
-        self._mode: tuple[str | None, bool, int] = (None, False, 0)
+        self._mode: Mode = PLAIN
         self._unconfirmed: deque[tuple[int, bytes]] = deque()
         self._refused: dict[int, MphubError] = {}
         self._held: list[str] = []
@@ -85,9 +102,15 @@ class Connection:
     # -- publishing
 
     def publish(
-        self, key: str, payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None,
-        confirm: bool = False, epoch: int = 0,
-    ) -> EventId:  # fmt: skip
+        self,
+        key: str,
+        payload: object,
+        *,
+        ordering_key: str | None = None,
+        headers: dict[str, str] | None = None,
+        confirm: bool = False,
+        epoch: int = 0,
+    ) -> EventId:
         """Pickle and send one event; return its id.
 
         Raises PayloadError, HubClosed, and with ``confirm`` what the router refused it for.
@@ -95,12 +118,43 @@ class Connection:
         data = codec.encode(payload)
         extra = Extra(ordering_key, headers) if ordering_key is not None or headers else None
         with self._lock:
-            number = self._add(key, data, extra, (None, False, epoch))
+            number = self._add(key, data, extra, (None, False, epoch) if epoch else PLAIN)
             if confirm:
                 sequence = self._send(strict=True)
         if confirm:
             self._wait_confirmed(sequence, None)
-        return EventId.make(self.id, number)
+        return EventId(self._base + number)
+
+    def publish_plain(self, key: str, payload: object) -> EventId:
+        """Do what ``publish`` does for an event with nothing special: no call but pickle's on the way, as this is the rate.
+
+        Raises PayloadError, HubClosed.
+        """
+        try:
+            data = dumps(payload, 5)
+        except Exception:
+            data = codec.encode(payload)
+        else:
+            if b"__main__" in data or b"__mp_main__" in data:
+                data = codec.encode(payload)
+        size = len(data)
+        with self._lock:
+            keys, events = self._keys, self._events
+            if self._thread is None or self._mode is not PLAIN or self._held or self._ended or not keys or size >= BLOB_MIN:
+                return EventId(self._base + self._add(key, data, None, PLAIN))
+            if keys[-1] == key:
+                self._counts[-1] += 1
+            else:
+                keys.append(key)
+                self._counts.append(1)
+                size += len(key) + 8
+            events.append(data)
+            self._size += size
+            self._number += 1
+            number = self._number
+            if self._size >= BATCH_BYTES or len(events) >= MAX_EVENTS:
+                self._send_batch()
+        return EventId(self._base + number)
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
         """Send one event whose handler's result comes back."""
@@ -108,13 +162,13 @@ class Connection:
         reply: Reply[object] = Reply()
         with self._lock:
             number = self._add(key, data, None, (target, True, 0), reply)
-        reply.id = EventId.make(self.id, number)
+        reply.id = EventId(self._base + number)
         return reply
 
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> int:
         """Send events as one frame, which is journaled whole or not at all; wait for the confirm."""
         with self._lock:
-            self._ready((None, False, 0))
+            self._ready(PLAIN)
             self._send()
             for key, data, extra in events:
                 self._append(key, data, extra)
@@ -122,34 +176,35 @@ class Connection:
         self._wait_confirmed(sequence, None)
         return len(events)
 
-    def _add(
-        self, key: str, data: bytes, extra: Extra | None, mode: tuple[str | None, bool, int], reply: Reply[object] | None = None
-    ) -> int:
+    def _add(self, key: str, data: bytes, extra: Extra | None, mode: Mode, reply: Reply[object] | None = None) -> int:
         """Put one event into the batch, and send the batch when that is due; with the lock held."""
         if self._thread is None or self._mode != mode or self._ended is not None:
             self._ready(mode)
         if self._held:
             self._wait_released(key)
-        large = len(data) >= BLOB_MIN
-        if large or (reply is not None and self._keys and self._keys[-1] != key):
+        size = len(data)
+        if self._events and (size >= BLOB_MIN or (reply is not None and self._keys[-1] != key)):
             self._send()
         number = self._append(key, data, extra)
         if reply is not None:
             self._replies[number] = reply
-        waiting = len(self._unconfirmed)
-        if large or waiting < FEW or self._size >= BATCH_BYTES or len(self._events) >= MAX_EVENTS:
-            while len(self._unconfirmed) >= MANY and self._ended is None:
-                self._changed.wait()
-            self._send()
+        if len(self._unconfirmed) < FEW or self._size >= BATCH_BYTES or len(self._events) >= MAX_EVENTS or size >= BLOB_MIN:
+            self._send_batch()
         return number
 
+    def _send_batch(self) -> None:
+        """Send the batch once not too many frames are unconfirmed."""
+        while len(self._unconfirmed) >= MANY and self._ended is None:
+            self._changed.wait()
+        self._send()
+
     def _append(self, key: str, data: bytes, extra: Extra | None) -> int:
-        keys = self._keys
-        if not keys or keys[-1] != key:
-            keys.append(key)
-            self._counts.append(0)
+        if self._keys and self._keys[-1] == key:
+            self._counts[-1] += 1
+        else:
+            self._keys.append(key)
+            self._counts.append(1)
             self._size += len(key) + 8
-        self._counts[-1] += 1
         if extra is not None:
             self._extras[len(self._events)] = extra
         self._events.append(data)
@@ -157,14 +212,14 @@ class Connection:
         self._number += 1
         return self._number
 
-    def _ready(self, mode: tuple[str | None, bool, int]) -> None:
+    def _ready(self, mode: Mode) -> None:
         if self._ended is not None:
             raise self._ended
         if self._thread is None:
             self._connect()
         if self._mode != mode:
             self._send()
-            self._mode = mode
+        self._mode = mode
 
     def _send(self, *, strict: bool = False) -> int:
         """Send the batch, if any; return the sequence number of the last frame."""
@@ -434,4 +489,3 @@ def drop_connection(address: Address) -> None:
         found = _shared.pop(address.folder, None)
     if found is not None:
         found.end(HubClosed(f"hub {address.name!r} was stopped"))
-

@@ -37,6 +37,8 @@ _dead = decoder(Dead)
 class Engine(Protocol):
     """What the hub object asks."""
 
+    publish_plain: Callable[[str, object], EventId] | None
+
     def subscribe(self, spec: Spec) -> None: ...
     def unsubscribe(self, name: str, *, drain: bool) -> None: ...
     def restart(self, name: str) -> None: ...
@@ -61,6 +63,8 @@ class ProcessEngine:
         self.address, self.stop = address, stop
         boot.sweep(Path(address.folder).parent)
         self.client = Client(address, max_bytes, stop.ask, stop.term, console.hear)
+        self.connection = connection_to(address)
+        self.publish_plain: Callable[[str, object], EventId] | None = self.connection.publish_plain
         self.blobs = Blobs(f"{address.folder}/blobs", int.from_bytes(address.token[:8], "big"))
 
     def subscribe(self, spec: Spec) -> None:
@@ -68,7 +72,7 @@ class ProcessEngine:
         self.client.call("subscribe", spec=msgspec.msgpack.encode(msgspec.structs.replace(spec, handler=data, handler_blob=blob)))
 
     def unsubscribe(self, name: str, *, drain: bool) -> None:
-        connection_to(self.address).flush()
+        self.connection.flush()
         self.client.call("stop_routing", name=name)
         while drain and self.state_of(name)[0] not in ("FATAL", "STOPPED") and self._left(name):
             time.sleep(0.01)
@@ -91,14 +95,14 @@ class ProcessEngine:
         return codec.decode_error(error, trace) if error else RemoteTraceback(trace) if trace else None
 
     def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId:
-        return connection_to(self.address).publish(key, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
+        return self.connection.publish(key, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
 
     def request(self, key: str, payload: object, target: str) -> Reply[Any]:
-        return connection_to(self.address).request(key, payload, target)
+        return self.connection.request(key, payload, target)
 
     def drain(self, timeout: float | None, progress: Watcher) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        connection_to(self.address).flush(timeout)
+        self.connection.flush(timeout)
         future = self.client.ask("drain")
         with watching(progress) as tell:
             began = time.monotonic()
@@ -150,7 +154,7 @@ class ProcessEngine:
     def stop_subscribers(self) -> int:
         """End the subscribers; return how many events are given up."""
         with contextlib.suppress(Exception):  # what cannot be flushed any more is in the log
-            connection_to(self.address).flush(self.stop.ask)
+            self.connection.flush(self.stop.ask)
         self.client.call("stop_subscribers")
         return int(self.client.call("give_up", reason="stopped"))
 
@@ -165,6 +169,7 @@ class InlineEngine:
     def __init__(self, max_bytes: int, console: Console, *, propagate: bool) -> None:
         self.inline = Inline(max_bytes, propagate=propagate)
         self.console = console
+        self.publish_plain: Callable[[str, object], EventId] | None = None
 
     def subscribe(self, spec: Spec) -> None:
         self.inline.subscribe(spec)
@@ -302,7 +307,10 @@ class Lines:
     def __call__(self, progress: Progress) -> None:
         if time.monotonic() >= self.next:
             self.next += 10.0
-            print(f"mphub: {progress.done:,} of {progress.total:,}, {progress.dead:,} dead, {progress.rate:,.0f}/s", file=sys.stderr)
+            print(
+                f"mphub: {progress.done:,} of {progress.total:,}, {progress.dead:,} dead, {progress.rate:,.0f}/s",
+                file=sys.stderr,
+            )
 
 
 def rich_bar() -> Any:
@@ -313,4 +321,3 @@ def rich_bar() -> Any:
     from rich.console import Console as RichConsole
 
     return Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=RichConsole(stderr=True))
-

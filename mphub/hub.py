@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from os import getpid
 from types import FrameType, TracebackType
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, Unpack, overload
 
 from mphub.connection import Address, connection_to
 from mphub.core.keys import check_key, matches, nearest
@@ -35,7 +37,7 @@ from mphub.procs import boot, handlers
 from mphub.publisher import HubQueue, Publisher, Transaction, check_headers, str_of
 from mphub.reply import Reply, Results
 from mphub.subscriber import Subscriber, holder, inside, is_importing
-from mphub.subscribing import Handler, make_spec, refuse_unavailable
+from mphub.subscribing import Handler, SubscribeOptions, make_spec, refuse_unavailable
 from mphub.subscription import Subscription
 
 T = TypeVar("T")
@@ -73,14 +75,21 @@ class EventHub:
         notify: Sequence[str] = (),
         dashboard: None = None,
     ) -> None:
-        refuse_unavailable(path=(path, None), codec=(codec, "pickle"), initializer=(initializer, None), durability=(durability, "process"))
+        refuse_unavailable(
+            path=(path, None),
+            codec=(codec, "pickle"),
+            initializer=(initializer, None),
+            durability=(durability, "process"),
+        )
         refuse_unavailable(retention=(retention, None), notify=(tuple(notify), ()), dashboard=(dashboard, None))
         check_choice("EventHub", "engine", engine, ("process", "inline"))
         check_choice("EventHub", "unmatched", unmatched, ("warn", "ignore"))
         if propagate and engine != "inline":
-            raise InvalidOption("EventHub(propagate): got True with engine='process'; only the inline engine can raise a handler's exception from publish")
+            raise InvalidOption(
+                "EventHub(propagate): got True with engine='process'; only the inline engine can raise a handler's exception from publish"
+            )
         parent, self._is_small = boot.runtime_parent()
-        self.name = name if name is not None else f"{os.path.basename(sys.argv[0] or 'python')}-{os.getpid()}"
+        self.name = name if name is not None else f"{os.path.basename(sys.argv[0] or 'python')}-{getpid()}"
         self._kind, self._check, self._stop, self._unmatched = engine, check, stop, unmatched
         self._max_bytes = parse_share(max_bytes, boot.capacity(parent))
         self._propagate = engine == "inline" if propagate is None else propagate
@@ -92,7 +101,10 @@ class EventHub:
         self._final: tuple[HubStatistics, list[DeadLetter]] | None = None
         self._given_up = 0
         self._lock = threading.RLock()
-        self._pid: int | None = os.getpid()
+        self._pid: int | None = getpid()
+        self._here: Callable[[str, object], EventId] | None = None
+        """The short way to publish, while this process is the running hub's."""
+        _hubs.add(self)
 
     def __repr__(self) -> str:
         state = "running" if self._engine else "stopped" if self._final else "not started"
@@ -116,8 +128,14 @@ class EventHub:
                 raise HubError(f"hub {self.name!r} is running already: call start() once, or stop() first")
             self._final, self._given_up = None, 0
             if self._is_small and self._kind == "process":
-                self._console.notice("fallback", None, f"/dev/shm has less than {boot.SMALL >> 20} MB free: the hub's files go to {self._address.folder}", {})
+                self._console.notice(
+                    "fallback",
+                    None,
+                    f"/dev/shm has less than {boot.SMALL >> 20} MB free: the hub's files go to {self._address.folder}",
+                    {},
+                )
             self._engine = self._make_engine()
+            self._here = self._engine.publish_plain
             atexit.register(self._stop_at_exit)
             for subscription in list(self._subscriptions.values()):
                 self._engine.subscribe(subscription._spec)
@@ -163,14 +181,14 @@ class EventHub:
                 self._given_up = engine.stop_subscribers()
                 self._final = (engine.statistics(), engine.dead_letters(None))
         finally:
-            self._engine = None
+            self._engine = self._here = None
             engine.close()
         if self._final is not None:
             farewell(self.name, self._final[0], self._given_up)
 
     def _stop_at_exit(self) -> None:
         """An unstopped hub is stopped without drain at interpreter exit."""
-        if self._pid == os.getpid() and self._engine is not None:
+        if self._pid == getpid() and self._engine is not None:
             self.stop(drain=False)
 
     def __enter__(self) -> EventHub:
@@ -248,11 +266,15 @@ class EventHub:
     # -- subscribing
 
     @overload
-    def subscribe(self, keys: Topic[T], handler: Callable[[T], R] | type[Subscriber[T, R]] | Subscriber[T, R], **options: Any) -> Subscription[T, R]: ...
+    def subscribe(
+        self, keys: Topic[T], handler: Callable[[T], R] | type[Subscriber[T, R]] | Subscriber[T, R], **options: Unpack[SubscribeOptions]
+    ) -> Subscription[T, R]: ...
     @overload
-    def subscribe(self, keys: Keys, handler: Callable[[T], R] | type[Subscriber[T, R]] | Subscriber[T, R], **options: Any) -> Subscription[T, R]: ...
+    def subscribe(
+        self, keys: Keys, handler: Callable[[T], R] | type[Subscriber[T, R]] | Subscriber[T, R], **options: Unpack[SubscribeOptions]
+    ) -> Subscription[T, R]: ...
     @overload
-    def subscribe(self, keys: Keys, handler: str, **options: Any) -> Subscription[Any, Any]: ...
+    def subscribe(self, keys: Keys, handler: str, **options: Unpack[SubscribeOptions]) -> Subscription[Any, Any]: ...
     def subscribe(
         self,
         keys: Any,
@@ -298,7 +320,7 @@ class EventHub:
                     raise
         return subscription
 
-    def subscriber(self, keys: Keys, **options: Any) -> Callable[[F], F]:
+    def subscriber(self, keys: Keys, **options: Unpack[SubscribeOptions]) -> Callable[[F], F]:
         """Subscribe the decorated function or class, which stays what it is."""
 
         def decorate(handler: F) -> F:
@@ -339,7 +361,10 @@ class EventHub:
             if name_or_handler in (subscription.name, subscription._handler) or name_or_handler is subscription._handler:
                 return subscription
         near = nearest(str(name_or_handler), self._subscriptions)
-        raise NoSubscriber(f"no subscription {name_or_handler!r}" + (f"; did you mean {near!r}?" if near else f"; there are: {', '.join(self._subscriptions) or 'none'}"))
+        raise NoSubscriber(
+            f"no subscription {name_or_handler!r}"
+            + (f"; did you mean {near!r}?" if near else f"; there are: {', '.join(self._subscriptions) or 'none'}")
+        )
 
     def subscribers(self, key: str | Topic[Any]) -> list[str]:
         """Return the names of those whose patterns match a key."""
@@ -351,9 +376,33 @@ class EventHub:
     # -- publishing
 
     @overload
-    def publish(self, key: Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False, confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None) -> EventId: ...
+    def publish(
+        self,
+        key: Topic[T],
+        payload: T,
+        *,
+        ordering_key: str | None = None,
+        headers: dict[str, str] | None = None,
+        now: bool = False,
+        confirm: bool = False,
+        priority: int = 0,
+        delay: float = 0.0,
+        expires: float | None = None,
+    ) -> EventId: ...
     @overload
-    def publish(self, key: str, payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False, confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None) -> EventId: ...
+    def publish(
+        self,
+        key: str,
+        payload: object,
+        *,
+        ordering_key: str | None = None,
+        headers: dict[str, str] | None = None,
+        now: bool = False,
+        confirm: bool = False,
+        priority: int = 0,
+        delay: float = 0.0,
+        expires: float | None = None,
+    ) -> EventId: ...
     def publish(
         self, key: Any, payload: Any, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False,
         confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None,
@@ -362,18 +411,29 @@ class EventHub:
 
         Raises InvalidKey, PayloadError, HubClosed; with ``confirm`` NoSubscriber.
         """
+        here = self._here
+        if (
+            here is not None
+            and holder.context is None
+            and type(key) is str
+            and not (headers or now or confirm or priority or delay or ordering_key or expires is not None)
+        ):
+            return here(check_key(key), payload)
         if priority or delay or expires is not None:
             refuse_unavailable(priority=(priority, 0), delay=(delay, 0.0), expires=(expires, None))
-        name = check_key(str_of(key))
-        context = inside()
-        if context is not None:
+        name = check_key(key if type(key) is str else str_of(key))
+        if headers is not None:
+            check_headers(headers)
+        if holder.context is not None and (context := inside()) is not None:
             if confirm:
-                raise HubError("publish(confirm=True) inside a handler would wait for itself: what a handler publishes is committed with its ack")
-            return context.publish(name, payload, ordering_key=ordering_key, headers=check_headers(headers), now=now)
-        if self._engine is not None and self._pid == os.getpid():
-            return self._engine.publish(name, payload, ordering_key, check_headers(headers), confirm)
+                raise HubError(
+                    "publish(confirm=True) in a handler would wait for itself: what a handler publishes is committed with its ack"
+                )
+            return context.publish(name, payload, ordering_key=ordering_key, headers=headers, now=now)
+        if self._engine is not None and self._pid == getpid():
+            return self._engine.publish(name, payload, ordering_key, headers, confirm)
         self._must_be_remote()
-        return connection_to(self._address).publish(name, payload, ordering_key=ordering_key, headers=check_headers(headers), confirm=confirm)
+        return connection_to(self._address).publish(name, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
 
     def publish_batch(self, key: str | Topic[T], payloads: Iterable[T]) -> int:
         """Publish the payloads of an iterable one after the other, with bounded memory; return how many."""
@@ -383,7 +443,15 @@ class EventHub:
             count += 1
         return count
 
-    async def publish_async(self, key: str | Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, confirm: bool = False) -> EventId:
+    async def publish_async(
+        self,
+        key: str | Topic[T],
+        payload: T,
+        *,
+        ordering_key: str | None = None,
+        headers: dict[str, str] | None = None,
+        confirm: bool = False,
+    ) -> EventId:
         """Publish without blocking the running loop."""
         if inside() is not None:
             return self.publish(str_of(key), payload, ordering_key=ordering_key, headers=headers)
@@ -444,7 +512,7 @@ class EventHub:
         context = inside()
         if context is not None:
             return context.request(key, payload, to)
-        if self._engine is None or self._pid != os.getpid():
+        if self._engine is None or self._pid != getpid():
             self._must_be_remote()
             return connection_to(self._address).request(key, payload, to)
         return self._engine.request(key, payload, self._answerer(key, to))
@@ -499,7 +567,9 @@ class EventHub:
     def _wait_ready(self, name: str, timeout: float | None) -> None:
         state, error, trace = self._running("wait_ready").wait_ready(name, timeout)
         if state != "RUNNING":
-            raise StartFailed(f"subscriber {name!r} is {state}: its process could not be set up") from self._running("start").error_of(error, trace)
+            raise StartFailed(f"subscriber {name!r} is {state}: its process could not be set up") from self._running("start").error_of(
+                error, trace
+            )
 
     def _restart(self, name: str) -> None:
         self._running("restart").restart(name)
@@ -516,21 +586,26 @@ class EventHub:
     def _running(self, what: str) -> Engine:
         self._must_own(what)
         if self._engine is None:
-            raise HubClosed(f"hub {self.name!r} is not running: {'it was stopped' if self._final else 'call start() or use with hub:'} before {what}()")
+            raise HubClosed(
+                f"hub {self.name!r} is not running: {'it was stopped' if self._final else 'call start() or use with hub:'} before {what}()"
+            )
         return self._engine
 
     def _must_own(self, what: str) -> None:
         """Refuse what only the hub's own process can do."""
         context = inside()
         if context is not None and (self._kind == "process" or what in ("start", "stop", "subscribe", "drain")):
-            raise HubError(f"this is subscriber {context.name!r}: {what}() does not work in a handler; publish, request and current_event do")
-        if self._pid != os.getpid():
-            raise HubError(f"this process has a handle of hub {self.name!r}, which publishes; {what}() works in the process that made the hub")
+            raise HubError(
+                f"this is subscriber {context.name!r}: {what}() does not work in a handler; publish, request and current_event do"
+            )
+        if self._pid != getpid():
+            raise HubError(
+                f"this process has a handle of hub {self.name!r}, which publishes; {what}() works in the process that made the hub"
+            )
 
     def _must_be_remote(self) -> None:
-        if self._pid == os.getpid():
+        if self._pid == getpid():
             raise HubClosed(f"hub {self.name!r} is not running: {'it was stopped' if self._final else 'call start() or use with hub:'}")
-
 
 
 def _handle(address: Address) -> EventHub:
@@ -538,3 +613,13 @@ def _handle(address: Address) -> EventHub:
     hub = EventHub(name=address.name)
     hub._address, hub._pid = address, None
     return hub
+
+
+def _leave_the_short_way() -> None:
+    """In a forked child a hub object is only a handle."""
+    for hub in list(_hubs):
+        hub._here = None
+
+
+_hubs: weakref.WeakSet[EventHub] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_leave_the_short_way)

@@ -10,7 +10,18 @@ import msgspec
 
 from mphub.errors import InvalidOption
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def parse_size(value: int | str, field: str = "size") -> int:
@@ -129,7 +140,9 @@ class Retry:
         raise AttributeError(f"Retry is frozen: make a new one instead of setting {field}")
 
     def __repr__(self) -> str:
-        return f"Retry(max_attempts={self.max_attempts}, on={self.on!r}, delay={self.delay}, factor={self.factor}, max_delay={self.max_delay})"
+        return (
+            f"Retry(max_attempts={self.max_attempts}, on={self.on!r}, delay={self.delay}, factor={self.factor}, max_delay={self.max_delay})"
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Retry) and all(getattr(self, f) == getattr(other, f) for f in self.__slots__)

@@ -35,20 +35,40 @@ class Publisher:
 
     @overload
     def publish(
-        self, key: Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, confirm: bool = False
+        self,
+        key: Topic[T],
+        payload: T,
+        *,
+        ordering_key: str | None = None,
+        headers: dict[str, str] | None = None,
+        confirm: bool = False,
     ) -> EventId: ...
     @overload
     def publish(
-        self, key: str, payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, confirm: bool = False
+        self,
+        key: str,
+        payload: object,
+        *,
+        ordering_key: str | None = None,
+        headers: dict[str, str] | None = None,
+        confirm: bool = False,
     ) -> EventId: ...
     def publish(
-        self, key: str | Topic[T], payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, confirm: bool = False
+        self,
+        key: str | Topic[T],
+        payload: object,
+        *,
+        ordering_key: str | None = None,
+        headers: dict[str, str] | None = None,
+        confirm: bool = False,
     ) -> EventId:
         """Send one event; pipelined unless ``confirm``.
 
         Raises InvalidKey, PayloadError, HubClosed; with ``confirm`` NoSubscriber.
         """
-        return self._connection.publish(check_key(str_of(key)), payload, ordering_key=ordering_key, headers=check_headers(headers), confirm=confirm)
+        return self._connection.publish(
+            check_key(str_of(key)), payload, ordering_key=ordering_key, headers=check_headers(headers), confirm=confirm
+        )
 
     def publish_batch(self, key: str | Topic[T], payloads: Iterable[object]) -> int:
         """Send the payloads of an iterable one after the other, with bounded memory; return how many."""
@@ -95,7 +115,14 @@ class Transaction:
         self._publisher = publisher
         self._events: list[tuple[str, bytes, Extra | None]] = []
 
-    def publish(self, key: str | Topic[T], payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None) -> None:
+    def publish(
+        self,
+        key: str | Topic[T],
+        payload: object,
+        *,
+        ordering_key: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         """Add one event."""
         extra = Extra(ordering_key, check_headers(headers)) if ordering_key is not None or headers else None
         self._events.append((check_key(str_of(key)), codec.encode(payload), extra))
@@ -135,7 +162,9 @@ class HubQueue(_Queue):
         if not (isinstance(obj, tuple | list) and len(obj) == 2):
             raise PayloadError(f"hub.queue takes (key, payload) pairs; got {type(obj).__name__} {obj!r:.60}")
         key = check_key(str_of(obj[0]))
-        if (not block or timeout is not None) and not self._publisher._connection.wait_room(key, timeout if block else 0.0):
+        if (not block or timeout is not None) and not self._publisher._connection.wait_room(
+            key, timeout if block and timeout is not None else 0.0
+        ):
             raise stdlib_queue.Full
         self._publisher.publish(key, obj[1])
 

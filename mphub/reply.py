@@ -44,7 +44,7 @@ class Reply(concurrent.futures.Future[R]):
 class Results(Generic[R]):
     """Results of ``map`` in the order of the payloads; leaving the loop takes no further payloads."""
 
-    def __init__(self, ask: Callable[[object], Reply[R]], payloads: Iterable[object]) -> None:
+    def __init__(self, ask: Callable[[Any], Reply[R]], payloads: Iterable[object]) -> None:
         self._ask = ask
         self._payloads = iter(payloads)
         self._under_way: deque[Reply[R]] = deque()

@@ -58,9 +58,7 @@ class Context(Protocol):
     name: str
     thread: int
 
-    def publish(
-        self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool
-    ) -> EventId: ...
+    def publish(self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool) -> EventId: ...
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]: ...
     def current_event(self) -> Event: ...
 
@@ -102,11 +100,30 @@ def is_importing() -> bool:
 
 
 @overload
-def publish(key: Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False) -> EventId: ...
-@overload
-def publish(key: str, payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False) -> EventId: ...
 def publish(
-    key: str | Topic[T], payload: object, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False
+    key: Topic[T],
+    payload: T,
+    *,
+    ordering_key: str | None = None,
+    headers: dict[str, str] | None = None,
+    now: bool = False,
+) -> EventId: ...
+@overload
+def publish(
+    key: str,
+    payload: object,
+    *,
+    ordering_key: str | None = None,
+    headers: dict[str, str] | None = None,
+    now: bool = False,
+) -> EventId: ...
+def publish(
+    key: str | Topic[T],
+    payload: object,
+    *,
+    ordering_key: str | None = None,
+    headers: dict[str, str] | None = None,
+    now: bool = False,
 ) -> EventId:
     """Publish from inside a handler: committed with the ack of the event that is being handled.
 
@@ -127,5 +144,5 @@ def current_event() -> Event:
 def _context(what: str) -> Context:
     context = inside()
     if context is None:
-        raise HubError(f"mphub.{what} works inside a handler only (in the thread that called it); elsewhere use hub.{what if what == 'publish' else 'publish'}")
+        raise HubError(f"mphub.{what} works inside a handler only, in the thread that runs it; elsewhere use hub.publish")
     return context

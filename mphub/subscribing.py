@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
 
 from mphub.core.keys import check_key, check_name, check_pattern
 from mphub.errors import InvalidKey, InvalidOption
@@ -16,6 +16,30 @@ from mphub.publisher import str_of
 from mphub.subscriber import Subscriber
 from mphub.wire import codec
 from mphub.wire.specs import Spec, Surroundings
+
+
+class SubscribeOptions(TypedDict, total=False):
+    """The options of ``subscribe`` and ``subscriber``."""
+
+    name: str | None
+    to: str | Topic[Any] | None
+    retry: Retry
+    restart: Restart
+    inbox: Inbox
+    limits: Limits
+    snapshot: Snapshot | None
+    replicas: int
+    ordered: bool
+    concurrency: int
+    process: str | None
+    batch: None
+    where: None
+    rate: None
+    recycle: None
+    env: Mapping[str, str] | None
+    replace: bool
+    start: str
+
 
 Handler = Callable[..., object] | type[Subscriber[Any, Any]] | Subscriber[Any, Any] | str
 
@@ -34,7 +58,8 @@ def make_spec(
     work = handlers.Work(handler, retry.on, retry.delay, retry.factor, retry.max_delay, target)
     cls = handlers.subscriber_class(handler)
     return Spec(
-        name=check_name(name), patterns=patterns_of(keys), handler=codec.encode(work, f"the handler of {name!r}"), surroundings=surroundings(),
+        name=check_name(name), patterns=patterns_of(keys), handler=codec.encode(work, f"the handler of {name!r}"),
+        surroundings=surroundings(),
         inbox=inbox, limits=limits, restart=restart, max_attempts=retry.max_attempts,
         snapshot=snapshot_rule(cls, snapshot), answers=True if cls is None else cls.answers,
     )  # fmt: skip
@@ -48,7 +73,7 @@ def patterns_of(keys: object) -> list[str]:
     if isinstance(keys, str | Topic):
         keys = [keys]
     if not isinstance(keys, list | tuple | set | frozenset) or not keys:
-        raise InvalidKey(f"keys: got {type(keys).__name__} {keys!r:.60}; expected a key, a pattern, a Topic, or a list of them")
+        raise InvalidKey(f"keys: got {type(keys).__name__} {keys!r:.60}; expected a key, pattern, Topic, or a list of them")
     return list(dict.fromkeys(check_pattern(str_of(key)) for key in keys))
 
 
@@ -59,7 +84,7 @@ def snapshot_rule(cls: type[Subscriber[Any, Any]] | None, rule: Snapshot | None)
         return Snapshot() if defines else None
     check_types(snapshot=(rule, Snapshot))
     if cls is not None and not defines:
-        raise InvalidOption(f"snapshot: class {cls.__name__} has no snapshot() and restore(): define them, or leave snapshot=None")
+        raise InvalidOption(f"snapshot: class {cls.__name__} has no snapshot() and restore(): define both")
     if cls is None:
         raise InvalidOption("snapshot: the handler is a function; only a Subscriber class can have snapshot() and restore()")
     return rule

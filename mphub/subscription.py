@@ -41,11 +41,11 @@ class Subscription(Generic[T, R]):
 
     def request(self, payload: T) -> Reply[R]:
         """Ask this subscriber; the reply ends with its result or with why there is none."""
-        return self._hub._request(self._own_key(), payload, self.name)  # type: ignore[return-value]
+        return self._hub._request(self._own_key(), payload, self.name)
 
     def map(self, payloads: Iterable[T]) -> Results[R]:
         """Ask it for each payload, a bounded number ahead; results in the order of the payloads."""
-        return Results(self.request, payloads)  # type: ignore[arg-type]
+        return Results(self.request, payloads)
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until it is RUNNING; seconds.

@@ -17,9 +17,9 @@ LAYERS = (
     {"wire", "core"},
     {"store"},
     {"observe"},
-    {"publisher", "subscriber", "reply"},
+    {"publisher", "subscriber", "reply", "connection"},
     {"procs"},
-    {"hub"},
+    {"hub", "engine", "subscribing", "subscription"},
     {"cli", "ext", "testing"},
     {"__init__", "__main__"},
 )

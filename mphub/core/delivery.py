@@ -250,9 +250,7 @@ class Delivery:
             self._put(piece, self.waiting.appendleft)
         return verdict
 
-    def _settle(
-        self, held: Held, states: bytes, charged: Callable[[int], bool], verdict: Verdict, back: list[Piece]
-    ) -> None:
+    def _settle(self, held: Held, states: bytes, charged: Callable[[int], bool], verdict: Verdict, back: list[Piece]) -> None:
         portion, offset = held.portion, held.number - held.index
         finished, rest = [], []
         for index in indexes(held.spans):

@@ -14,7 +14,14 @@ class Row:
     __slots__ = ("__weakref__", "batch", "body", "count", "epoch", "header", "id", "single")
 
     def __init__(self, number: int, epoch: int, batch: Batch, header: bytes, body: bytes, *, single: bool = False) -> None:
-        self.id, self.epoch, self.batch, self.header, self.body, self.single = number, epoch, batch, header, body, single
+        self.id, self.epoch, self.batch, self.header, self.body, self.single = (
+            number,
+            epoch,
+            batch,
+            header,
+            body,
+            single,
+        )
         self.count = batch.count
 
     def key(self, index: int) -> str:

@@ -13,7 +13,14 @@ from mphub.events import Notice
 from mphub.observe.statistics import HubStatistics
 
 log = logging.getLogger("mphub")
-SEVERITY = {"death": "error", "FATAL": "critical", "held": "warning", "unmatched": "warning", "failure": "warning", "dead_letter": "warning"}
+SEVERITY = {
+    "death": "error",
+    "FATAL": "critical",
+    "held": "warning",
+    "unmatched": "warning",
+    "failure": "warning",
+    "dead_letter": "warning",
+}
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL}
 
 
@@ -61,10 +68,13 @@ def text_of(notice: Notice) -> str:
     if notice.kind == "failure":
         more = f" (+{details['more']} more)" if details.get("more") else ""
         head = f"{who}: event {details['id']} of key {details['key']!r} failed, attempt {details['attempt']}{more}"
-        return f"{head}:\n{notice.message.rstrip()}" if details.get("first") else f"{head}: {notice.message.rstrip().rpartition(chr(10))[2]}"
+        return (
+            f"{head}:\n{notice.message.rstrip()}" if details.get("first") else f"{head}: {notice.message.rstrip().rpartition(chr(10))[2]}"
+        )
     if notice.kind == "dead_letter":
         more = f" (+{details['more']} more)" if details.get("more") else ""
-        return f"{who}: event {details['id']} of key {details['key']!r} is a dead letter: {notice.message} after {details['attempts']} attempts{more}"
+        head = f"{who}: event {details['id']} of key {details['key']!r} is a dead letter"
+        return f"{head}: {notice.message} after {details['attempts']} attempts{more}"
     trace = details.get("traceback")
     head = f"{who}: {notice.message}" if who else notice.message
     return f"{head}\n{trace.rstrip()}" if trace else head

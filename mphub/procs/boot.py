@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from mphub.connection import Address
 from mphub.errors import HubExists, StartFailed
 from mphub.procs import fork
-from mphub.connection import Address
 from mphub.store.journal import lock_file
 
 SMALL = 256 << 20

@@ -15,9 +15,9 @@ from concurrent.futures import TimeoutError as WaitTimeout
 from pathlib import Path
 from typing import Any
 
+from mphub.connection import Address
 from mphub.errors import HubClosed, HubFailed
 from mphub.procs import boot, fork
-from mphub.connection import Address
 from mphub.wire import frames
 from mphub.wire.frames import Answer, Call, Push, decoder, encode
 from mphub.wire.stream import Line
@@ -134,4 +134,3 @@ def remove_folder(folder: str) -> None:
     deadline = time.monotonic() + 1.0
     while os.path.exists(folder) and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
-

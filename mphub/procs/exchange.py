@@ -221,7 +221,10 @@ class Exchange:
             except (OSError, ValueError) as error:
                 return "PayloadError", f"the file of the payload cannot be read: {error}"
             if size > self.admitted:
-                return "PayloadError", f"a payload of {size} bytes exceeds what this hub admits ({self.admitted} bytes): raise max_bytes"
+                return (
+                    "PayloadError",
+                    f"a payload of {size} bytes exceeds what this hub admits ({self.admitted} bytes): raise max_bytes",
+                )
         if batch.strict and not any(self.table.match(key) for key, _ in batch.runs):
             return "NoSubscriber", self._nobody(batch.runs[0][0])
         return None
@@ -280,7 +283,10 @@ class Exchange:
         if not boxes:
             outcome, message = "nobody", self._nobody(batch.target or key)
         elif len(boxes) > 1:
-            outcome, message = "ambiguous", f"{key!r} has several subscribers that answer: {', '.join(b.name for b in boxes)}; choose one with to="
+            outcome, message = (
+                "ambiguous",
+                f"{key!r} has several subscribers that answer: {', '.join(b.name for b in boxes)}; choose one with to=",
+            )
         if outcome:
             for index in range(batch.count):
                 self.letters.reply(ReplyRow(batch.publisher, batch.number + index, outcome, encode(message)))
@@ -382,7 +388,14 @@ class Exchange:
             self.hold_blob(batch.blob, batch.size)
         return number
 
-    def died(self, box: Mailbox, incarnation: int, states: Callable[[int, int], bytes], charged: Callable[[int], bool], cause: Cause) -> None:
+    def died(
+        self,
+        box: Mailbox,
+        incarnation: int,
+        states: Callable[[int, int], bytes],
+        charged: Callable[[int], bool],
+        cause: Cause,
+    ) -> None:
         """Settle what a reaped process held."""
         verdict = box.delivery.died(states, charged)
         for portion, spans in verdict.finished:
@@ -618,4 +631,3 @@ def progress_key(box: Mailbox, row: int) -> bytes:
 def single_portion(number: int, single: Single) -> Portion:
     row = Row(number, single.epoch, single.batch, encode(single.batch), single.body, single=True)
     return Portion(row, [(0, 1)], single.batch.size, {0: single.attempt} if single.attempt > 1 else {})
-

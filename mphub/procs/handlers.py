@@ -45,7 +45,9 @@ def check_handler(handler: object) -> None:
     target = handler.func if isinstance(handler, functools.partial) else handler
     if isinstance(target, type):
         if not issubclass(target, Subscriber):
-            raise InvalidOption(f"handler: got the class {target.__name__}; expected a subclass of mphub.Subscriber, or a function of one payload")
+            raise InvalidOption(
+                f"handler: got the class {target.__name__}; expected a subclass of mphub.Subscriber, or a function of one payload"
+            )
         if target.handle is Subscriber.handle:
             raise InvalidOption(f"handler: class {target.__name__} has no handle(self, payload): define it")
         return
@@ -55,7 +57,8 @@ def check_handler(handler: object) -> None:
         return
     if not callable(handler) and not isinstance(handler, Subscriber):
         raise InvalidOption(
-            f"handler: got {type(handler).__name__} {handler!r:.60}; expected a function, a coroutine function, a Subscriber class or instance, or 'module:attribute'"
+            f"handler: got {type(handler).__name__} {handler!r:.60}; expected a function, a coroutine function, "
+            "a Subscriber class or instance, or 'module:attribute'"
         )
     if not isinstance(handler, Subscriber):
         _check_takes_one(handler)
@@ -69,7 +72,9 @@ def _check_takes_one(handler: Callable[..., object]) -> None:
     try:
         signature.bind(None)
     except TypeError:
-        raise InvalidOption(f"handler: {getattr(handler, '__name__', handler)!r} takes {signature}; expected a callable with one argument, the payload") from None
+        raise InvalidOption(
+            f"handler: {getattr(handler, '__name__', handler)!r} takes {signature}; expected a callable with one argument, the payload"
+        ) from None
 
 
 def subscriber_class(handler: object) -> type[Subscriber[Any, Any]] | None:

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from mphub.connection import settle_reply
 from mphub.core.delivery import Held
 from mphub.core.rows import Row, event_of
 from mphub.errors import HubError, NoSubscriber, Reject, RetryLater
@@ -18,7 +19,6 @@ from mphub.procs.outputs import Outputs
 from mphub.reply import Reply
 from mphub.store.blobs import Blobs
 from mphub.store.journal import MemoryJournal
-from mphub.connection import settle_reply
 from mphub.subscriber import holder
 from mphub.wire import codec
 from mphub.wire.frames import Batch, Extra, Failure, ReplyRow, Report, encode, join, split
@@ -229,9 +229,7 @@ class Inline:
 
     # -- what a handler may ask (Context)
 
-    def publish(
-        self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool
-    ) -> EventId:
+    def publish(self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool) -> EventId:
         extra = Extra(ordering_key, headers) if ordering_key is not None or headers else None
         data = codec.encode(payload)
         if now:
@@ -248,4 +246,3 @@ class Inline:
             raise HubError("mphub.current_event: no event is being handled; it works in handle(payload), not in setup or teardown")
         row, index, attempt, payload = self._current
         return event_of(row.batch, index, payload, attempt)
-

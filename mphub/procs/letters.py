@@ -68,7 +68,22 @@ class Letters:
             trace = traceback or (cause.traceback if cause else "")
             now = self.exchange.clock()
             self._keep(
-                Dead(box.name, row.only(index), row.epoch, row.event(index), reason, attempts, now, error, trace, exit_, pid, rss, "", told)
+                Dead(
+                    box.name,
+                    row.only(index),
+                    row.epoch,
+                    row.event(index),
+                    reason,
+                    attempts,
+                    now,
+                    error,
+                    trace,
+                    exit_,
+                    pid,
+                    rss,
+                    "",
+                    told,
+                )
             )
             event = f"{row.batch.publisher << 40 | row.batch.number + index:026x}"
             self.exchange.tell("dead_letter", box.name, reason, key=row.key(index), id=event, attempts=attempts)
@@ -96,7 +111,11 @@ class Letters:
             box = self.exchange.boxes[dead.subscriber]
             box.counters.dead -= 1
             box.counters.drop("dead_letters_full", 1)
-            self.exchange.tell("dead_letters_full", box.name, "the oldest dead letters give way: purge or redrive them, or raise max_bytes")
+            self.exchange.tell(
+                "dead_letters_full",
+                box.name,
+                "the oldest dead letters give way: purge or redrive them, or raise max_bytes",
+            )
             return True
         return False
 
@@ -169,7 +188,9 @@ class Letters:
     def unanswered(self, publisher: int) -> list[Reply]:
         """Return the replies that a requester has not confirmed: it has come back."""
         prefix, end = publisher.to_bytes(8, "big"), (publisher + 1).to_bytes(9, "big")[-8:]
-        rows = [_reply.decode(value) for _, value in self.exchange.journal.scan("replies", prefix, end if publisher + 1 < 1 << 64 else None)]
+        rows = [
+            _reply.decode(value) for _, value in self.exchange.journal.scan("replies", prefix, end if publisher + 1 < 1 << 64 else None)
+        ]
         return [Reply(row.number, row.outcome, row.body, row.blob) for row in rows]
 
     def taken(self, publisher: int, numbers: list[int]) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from mphub.core.credit import Credit
 from mphub.core.delivery import Delivery, Portion
-from mphub.core.rows import Row
 from mphub.store.board import SLOTS
 from mphub.store.journal import Counters, SubscriberState
 from mphub.wire.specs import Spec

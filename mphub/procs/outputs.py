@@ -66,7 +66,15 @@ class Outputs:
                 runs.append((key, 1))
         extras = {i: extra for i, (_, _, extra) in enumerate(events) if extra is not None}
         batch = Batch(
-            self.incarnation, 0, self._number + 1, runs, time.time(), self._epoch, blob=blob, size=size, extras=extras or None
+            self.incarnation,
+            0,
+            self._number + 1,
+            runs,
+            time.time(),
+            self._epoch,
+            blob=blob,
+            size=size,
+            extras=extras or None,
         )
         self._number += len(events)
         self.kept.append(Output(batch, body))

@@ -192,7 +192,11 @@ class Router:
         try:
             self._handle(stream, *frame)
         except (msgspec.MsgspecError, ProtocolError, OSError) as error:
-            self._push("log", level="warning", message=f"a frame of kind {frame[0]} cannot be read ({error}): connection closed")
+            self._push(
+                "log",
+                level="warning",
+                message=f"a frame of kind {frame[0]} cannot be read ({error}): connection closed",
+            )
             self.writing.discard(stream)
             stream.out.clear()
             stream.sock.shutdown(socket.SHUT_RDWR)
@@ -420,7 +424,11 @@ class Router:
     def do_statistics(self) -> dict[str, Any]:
         running = {seat.box.name: running_of(seat) for seat in self.seats.values()}
         boxes = {
-            name: {**msgspec.structs.asdict(box.counters), "unfinished": box.unfinished, "running": running.get(name, 0)}
+            name: {
+                **msgspec.structs.asdict(box.counters),
+                "unfinished": box.unfinished,
+                "running": running.get(name, 0),
+            }
             for name, box in self.exchange.boxes.items()
         }
         for name, counters in boxes.items():
@@ -479,7 +487,11 @@ class Router:
 
     def _flush(self) -> None:
         """Watch for room where something waits to be written, and only there."""
-        streams = [self.link, *(p.stream for p in self.publishers.values()), *(s.stream for s in self.seats.values() if s.stream)]
+        streams = [
+            self.link,
+            *(p.stream for p in self.publishers.values()),
+            *(s.stream for s in self.seats.values() if s.stream),
+        ]
         for stream in streams:
             if stream.out:
                 stream.flush()

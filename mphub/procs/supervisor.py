@@ -179,9 +179,18 @@ class Supervisor:
             return
         now = time.monotonic()
         self.router_deaths = [t for t in self.router_deaths if now - t < ROUTER_PERIOD] + [now]
-        self._tell_hub("notice", kind="death", subscriber=None, message=f"the router (pid {self.router_pid}) ended with {fork.exit_word(status)}; its successor takes over", details={})
+        self._tell_hub(
+            "notice",
+            kind="death",
+            subscriber=None,
+            message=f"the router (pid {self.router_pid}) ended with {fork.exit_word(status)}; its successor takes over",
+            details={},
+        )
         if len(self.router_deaths) >= ROUTER_DEATHS:
-            self._tell_hub("failed", message=f"the router died {ROUTER_DEATHS} times in {ROUTER_PERIOD:.0f} s, last with {fork.exit_word(status)}")
+            self._tell_hub(
+                "failed",
+                message=f"the router died {ROUTER_DEATHS} times in {ROUTER_PERIOD:.0f} s, last with {fork.exit_word(status)}",
+            )
             self._flush_clients()
             self.stopping = True
             return
@@ -218,7 +227,13 @@ class Supervisor:
         self.held_names = names
         if patterns:
             who = ", ".join(names) or "the journal, which is full"
-            self._tell_hub("notice", kind="held", subscriber=names[0] if names else None, message=f"publishers of {', '.join(patterns)} wait for {who}", details={"patterns": patterns, "names": names})
+            self._tell_hub(
+                "notice",
+                kind="held",
+                subscriber=names[0] if names else None,
+                message=f"publishers of {', '.join(patterns)} wait for {who}",
+                details={"patterns": patterns, "names": names},
+            )
 
     def heard_log(self, level: str, message: str) -> None:
         self._tell_hub("log", level=level, message=message)
@@ -295,7 +310,11 @@ class Supervisor:
             self._say_farewells()
 
         self.numbers += 1
-        call = Call(self.numbers, "died", {"incarnation": child.incarnation, "charge": charge, "slot": child.overran, "cause": cause})
+        call = Call(
+            self.numbers,
+            "died",
+            {"incarnation": child.incarnation, "charge": charge, "slot": child.overran, "cause": cause},
+        )
         self.unsettled[child.incarnation] = (child, call)
         self.settlements[call.id] = settled
         assert self.link is not None
@@ -307,7 +326,10 @@ class Supervisor:
             return
         decision = ward.counter.died(finished_any=finished, by_itself=by_itself, exit_ok=exit_ == 0)
         if by_itself:
-            reason = {"limit": f"overran its limit of {ward.spec.limits.timeout} s", "start_timeout": "was not ready in time"}
+            reason = {
+                "limit": f"overran its limit of {ward.spec.limits.timeout} s",
+                "start_timeout": "was not ready in time",
+            }
             what = reason.get(child.ending or "", f"ended with {exit_}")
             text = ward.error[1] if not child.ready else child.last_words()[1]
             self._tell_hub(
@@ -325,7 +347,13 @@ class Supervisor:
         ward.state = state
         self._tell_router("status", name=ward.name, status=state)
         error, text = ward.error
-        self._tell_hub("state", name=ward.name, state=state, error=error if state == "FATAL" else b"", traceback=text if state == "FATAL" else "")
+        self._tell_hub(
+            "state",
+            name=ward.name,
+            state=state,
+            error=error if state == "FATAL" else b"",
+            traceback=text if state == "FATAL" else "",
+        )
         if state == "FATAL":
             self._tell_hub(
                 "notice", kind="FATAL", subscriber=ward.name, details={"traceback": text},
@@ -564,4 +592,3 @@ def run_router(folder: Path, token: bytes, listener: socket.socket, link: socket
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Router(folder, token, listener, link, max_bytes).run()
     return 0
-

@@ -10,19 +10,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from mphub.connection import Address, connection_to
+from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING
+from mphub.core.rows import event_of
 from mphub.errors import HubError, Reject, RetryLater
 from mphub.events import Event, EventId
 from mphub.procs import handlers
 from mphub.procs.outputs import Outputs
-from mphub.connection import Address, connection_to
 from mphub.reply import Reply
 from mphub.store.blobs import Blobs
-from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING
-from mphub.core.rows import event_of
 from mphub.store.board import READY, SLOTS, Board
 from mphub.subscriber import holder
 from mphub.wire import codec, frames
-from mphub.wire.frames import BLOB_MIN, Deliver, Failure, HelloSubscriber, ReplyRow, Report, Welcome, decoder, encode, split
+from mphub.wire.frames import (
+    BLOB_MIN,
+    Deliver,
+    Failure,
+    HelloSubscriber,
+    ReplyRow,
+    Report,
+    Welcome,
+    decoder,
+    encode,
+    split,
+)
 from mphub.wire.specs import Spec
 from mphub.wire.stream import Frame, Line
 
@@ -343,9 +354,7 @@ class Worker:
 
     # -- what a handler may ask (Context)
 
-    def publish(
-        self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool
-    ) -> EventId:
+    def publish(self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool) -> EventId:
         if now:
             epoch = self.deliver.epoch if self.deliver is not None else 0
             return connection_to(self.address).publish(key, payload, ordering_key=ordering_key, headers=headers, epoch=epoch)

@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 SLOTS: Final = 16384
 """State bytes; a subscriber holds at most this many events."""
@@ -27,11 +27,8 @@ _HEAD_AT: Final = 8
 _ZEROES: Final = bytes(SLOTS)
 
 
-class Range(NamedTuple):
-    number: int
-    count: int
-    row: int
-    index: int
+Range = tuple[int, int, int, int]
+"""(first delivery number, count, batch row, index of the first event)."""
 
 
 class Board:
@@ -66,7 +63,8 @@ class Board:
         """Yield the ranges that the ring still has, oldest first."""
         (written,) = _HEAD.unpack_from(self.map, _HEAD_AT)
         for i in range(max(0, written - RANGES), written):
-            yield Range._make(_RANGE.unpack_from(self.map, _RINGS_AT + i % RANGES * _RANGE.size))
+            number, count, row, index = _RANGE.unpack_from(self.map, _RINGS_AT + i % RANGES * _RANGE.size)
+            yield number, count, row, index
 
     def state(self, number: int) -> int:
         return self.map[_STATES_AT + number % SLOTS]

@@ -19,7 +19,18 @@ import msgspec
 from mphub.errors import JournalError
 from mphub.wire.frames import Batch
 
-TABLES: Final = ("meta", "rows", "singles", "progress", "subscribers", "dead", "replies", "publishers", "frames", "snapshots")
+TABLES: Final = (
+    "meta",
+    "rows",
+    "singles",
+    "progress",
+    "subscribers",
+    "dead",
+    "replies",
+    "publishers",
+    "frames",
+    "snapshots",
+)
 FORMAT: Final = b"1"
 
 
@@ -136,7 +147,12 @@ class Journal:
         self._lock = lock_file(self.folder / "journal.lock")
         # no writemap: a full tmpfs would be a SIGBUS; no lock file: nobody else may open it
         self._env = lmdb.open(
-            str(self.folder), map_size=2 * max_bytes + (64 << 20), max_dbs=len(TABLES), sync=False, metasync=False, lock=False
+            str(self.folder),
+            map_size=2 * max_bytes + (64 << 20),
+            max_dbs=len(TABLES),
+            sync=False,
+            metasync=False,
+            lock=False,
         )
         self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
         self._txn: lmdb.Transaction | None = None
@@ -147,7 +163,9 @@ class Journal:
         with self.turn():
             found = self.get("meta", b"format")
             if found not in (None, FORMAT):
-                raise JournalError(f"the journal in {self.folder} has format {found!r}; this mphub reads {FORMAT!r}: use the version that wrote it")
+                raise JournalError(
+                    f"the journal in {self.folder} has format {found!r}; this mphub reads {FORMAT!r}: use the version that wrote it"
+                )
             if found is None:
                 self.put("meta", b"format", FORMAT)
             for name in TABLES:
@@ -182,7 +200,7 @@ class Journal:
     def delete(self, table: str, key: bytes) -> None:
         old = self._in_turn().pop(key, db=self._tables[table])
         if old is not None:
-            self.used -= on_disk(old)
+            self.used -= on_disk(bytes(old))
 
     def scan(self, table: str, start: bytes = b"", end: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Yield rows from ``start`` on, in order, before ``end``."""
@@ -190,7 +208,7 @@ class Journal:
             if not cursor.set_range(start):
                 return
             for key, value in cursor.iternext():
-                if end is not None and key >= end:
+                if end is not None and bytes(key) >= end:
                     return
                 yield bytes(key), bytes(value)
 

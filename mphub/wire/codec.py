@@ -52,6 +52,7 @@ def encode_error(error: BaseException) -> bytes:
 
 def decode_error(data: bytes, remote: str = "") -> BaseException:
     """Load an exception, with the traceback of where it was raised as its cause."""
+    error: object
     try:
         error = loads(data)
     except Exception as reason:

@@ -48,27 +48,27 @@ class Wire(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A header: travels as a msgpack array of its fields."""
 
 
-class Spilled(Wire):
+class Spilled(Wire, frozen=True):
     kind: int
     header: int
     blob: str
 
 
-class HelloPublisher(Wire):
+class HelloPublisher(Wire, frozen=True):
     token: bytes
     publisher: int
     pid: int
     started: float
 
 
-class Extra(Wire):
+class Extra(Wire, frozen=True):
     """What only few events have."""
 
     ordering_key: str | None = None
     headers: dict[str, str] | None = None
 
 
-class Batch(Wire):
+class Batch(Wire, frozen=True):
     """A run of events of one publisher: event i has the id (publisher, number + i)."""
 
     publisher: int
@@ -94,7 +94,7 @@ class Batch(Wire):
         return sum(count for _, count in self.runs)
 
 
-class Confirm(Wire):
+class Confirm(Wire, frozen=True):
     """Everything up to ``sequence`` is in the journal, but for what was refused."""
 
     sequence: int
@@ -102,13 +102,13 @@ class Confirm(Wire):
     """(sequence, kind of error, message)."""
 
 
-class Hold(Wire):
+class Hold(Wire, frozen=True):
     """Full patterns, all of them: keys that match one wait in the publisher."""
 
     patterns: list[str]
 
 
-class Reply(Wire):
+class Reply(Wire, frozen=True):
     number: int
     outcome: str
     """``ok`` or the name of what ended it: exception, crashed, timeout, fatal, dropped, closed, nobody, ambiguous."""
@@ -116,11 +116,11 @@ class Reply(Wire):
     blob: str | None = None
 
 
-class RepliesTaken(Wire):
+class RepliesTaken(Wire, frozen=True):
     numbers: list[int]
 
 
-class HelloSubscriber(Wire):
+class HelloSubscriber(Wire, frozen=True):
     token: bytes
     incarnation: int
     ready: bool
@@ -129,14 +129,14 @@ class HelloSubscriber(Wire):
     generation: int = 0
 
 
-class Welcome(Wire):
+class Welcome(Wire, frozen=True):
     """The router's answer to a subscriber's hello: its last snapshot, if it is to begin with one."""
 
     snapshot: bytes = b""
     blob: str | None = None
 
 
-class Deliver(Wire):
+class Deliver(Wire, frozen=True):
     """Events ``index`` to ``index + count - 1`` of a batch, numbered from ``number`` on in this incarnation."""
 
     number: int
@@ -152,7 +152,7 @@ class Deliver(Wire):
     attempts: dict[int, int] | None = None
 
 
-class DeliverRaw(Wire):
+class DeliverRaw(Wire, frozen=True):
     """``Deliver`` as the router writes it: the publisher's header passes through as bytes."""
 
     number: int
@@ -167,7 +167,7 @@ class DeliverRaw(Wire):
     attempts: dict[int, int] | None = None
 
 
-class Failure(Wire):
+class Failure(Wire, frozen=True):
     """One event whose handler raised."""
 
     number: int
@@ -179,7 +179,7 @@ class Failure(Wire):
     delay: float = 0.0
 
 
-class ReplyRow(Wire):
+class ReplyRow(Wire, frozen=True):
     publisher: int
     number: int
     outcome: str
@@ -187,14 +187,14 @@ class ReplyRow(Wire):
     blob: str | None = None
 
 
-class Output(Wire):
+class Output(Wire, frozen=True):
     """What handlers published: a batch of the incarnation, committed with the ack of its cause."""
 
     batch: Batch
     body: bytes
 
 
-class Report(Wire):
+class Report(Wire, frozen=True):
     """Everything up to delivery number ``upto`` (exclusive) has run; ``failures`` say which did not succeed."""
 
     frame: int
@@ -210,20 +210,21 @@ class Report(Wire):
     """What it held from ``upto`` on was given back unstarted: a retry without delay goes first."""
     generation: int = 0
 
-class Call(Wire):
+
+class Call(Wire, frozen=True):
     id: int
     op: str
     args: dict[str, Any] = {}
 
 
-class Answer(Wire):
+class Answer(Wire, frozen=True):
     id: int
     result: Any = None
     error: str | None = None
     """Name of the error class; ``result`` is then its message."""
 
 
-class Push(Wire):
+class Push(Wire, frozen=True):
     """News for the hub object: a line of a child or a notice."""
 
     what: str
