@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import psutil
@@ -55,11 +56,22 @@ def make_folder(folder: Path) -> None:
         (folder / name).mkdir(mode=0o700)
 
 
+def own(folder: Path) -> IO[bytes]:
+    """Lock a folder as its owner; the file appears locked, so that an unlocked one always means a dead owner."""
+    unborn = folder / "owner.new"
+    lock = lock_file(unborn)
+    os.set_inheritable(lock.fileno(), False)
+    unborn.rename(folder / "owner")
+    return lock
+
+
 def sweep(parent: Path) -> None:
     """Remove the folders of this user's dead hubs, and what their subscribers had started."""
     for folder in parent.glob(f"mphub-{os.getuid()}-*"):
         with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > FRESH and folder.stat().st_uid == os.getuid():
+            found = folder.stat()
+            unborn = not (folder / "owner").exists() and time.time() - found.st_mtime < FRESH
+            if found.st_uid == os.getuid() and not unborn:
                 _sweep_one(folder)
 
 

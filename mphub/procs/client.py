@@ -107,6 +107,13 @@ class Client:
                 self._heard(push.what, push.args)
         self._end(HubClosed(f"hub {self.address.name!r} is not running any more: its supervisor ended"))
         self._line.close()
+        self._bury_supervisor()
+
+    def _bury_supervisor(self) -> None:
+        """End what a supervisor that was killed leaves: its children die with it, what they had started does not."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self.process.wait(5.0) != 0:
+                boot.kill_recorded(Path(self.address.folder))
 
     def _heard(self, what: str, args: dict[str, Any]) -> None:
         if what == "state":

@@ -17,12 +17,11 @@ from typing import Any
 import msgspec
 
 from mphub.core.restarts import RestartCounter
-from mphub.procs import fork
+from mphub.procs import boot, fork
 from mphub.procs.boot import Charter
 from mphub.procs.router import Router
 from mphub.procs.wards import LOG_BYTES, Child, Tail, Ward, make_child
 from mphub.procs.worker import run_worker
-from mphub.store.journal import lock_file
 from mphub.wire import frames
 from mphub.wire.frames import Answer, Call, ProtocolError, Push, decoder, encode
 from mphub.wire.specs import Spec
@@ -42,8 +41,7 @@ class Supervisor:
     def __init__(self, charter: Charter) -> None:
         self.charter, self.address = charter, charter.address
         self.folder = Path(charter.address.folder)
-        self.lock = lock_file(self.folder / "owner")
-        os.set_inheritable(self.lock.fileno(), False)
+        self.lock = boot.own(self.folder)
         fork.become_subreaper()
         self.selector = selectors.DefaultSelector()
         self.data = listen(self.address.data)

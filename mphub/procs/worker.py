@@ -66,6 +66,8 @@ class Worker:
         self.generation = 0
         self.upto = 0
         self.last_report = 0.0
+        self.ran, self.seconds = 0, 0.0
+        """Events run since the last report, and how long they took."""
         self.unsaved = 0
         self.last_snapshot = 0.0
         self.deliver: Deliver | None = None
@@ -144,6 +146,8 @@ class Worker:
         """Return the next frame; when the router has died, connect to its successor and resend what was not confirmed."""
         while True:
             assert self.line is not None
+            if self.unsaved and not self.line.has_frame():
+                self._report()  # idle: what waited for a snapshot goes now
             got = self.line.receive()
             if got is not None:
                 return got
@@ -198,8 +202,10 @@ class Worker:
         if deliver.generation != self.generation:
             return  # the rest was given back, and that was reported
         self.upto = deliver.number + deliver.count
-        if self.spec.snapshot is None or self._snapshot_is_due(idle=True):
-            self._report(ran=len(self.events), seconds=time.perf_counter() - started)
+        self.ran += len(self.events)
+        self.seconds += time.perf_counter() - started
+        if self.spec.snapshot is None or self._snapshot_is_due():
+            self._report()
 
     def _from_blob(self, deliver: Deliver) -> list[Any]:
         data = self.blobs.read(deliver.batch.blob or "")
@@ -278,17 +284,15 @@ class Worker:
         self.upto = number + 1
         if self.spec.snapshot is not None:
             self.unsaved += 1
-            if number != self.last and self._snapshot_is_due(idle=False):
+            if number != self.last and self._snapshot_is_due():
                 self._report()
         elif number != self.last and (self.outputs.size > OUTPUT_BYTES or time.monotonic() - self.last_report > REPORT_AFTER):
             self._report()
 
-    def _snapshot_is_due(self, *, idle: bool) -> bool:
+    def _snapshot_is_due(self) -> bool:
         rule = self.spec.snapshot
         assert rule is not None
-        if self.unsaved >= rule.every or time.monotonic() - self.last_snapshot >= rule.period:
-            return True
-        return idle and self.line is not None and not self.line.has_frame()
+        return self.unsaved >= rule.every or time.monotonic() - self.last_snapshot >= rule.period
 
     # -- failing
 
@@ -326,12 +330,12 @@ class Worker:
 
     # -- reporting
 
-    def _report(self, *, returned: bool = False, ran: int = 0, seconds: float = 0.0) -> None:
+    def _report(self, *, returned: bool = False) -> None:
         """Send acks, failures, outputs, replies and snapshot as one numbered frame."""
         snapshot, blob = self._take_snapshot()
         self.frame += 1
         report = Report(
-            self.frame, self.upto, ran, seconds, self.failures, self.outputs.take(), self.replies,
+            self.frame, self.upto, self.ran, self.seconds, self.failures, self.outputs.take(), self.replies,
             snapshot, blob, returned, self.generation,
         )  # fmt: skip
         header = encode(report)
@@ -339,7 +343,7 @@ class Worker:
             data = frames.frame(frames.REPORT, header)
         else:
             data = frames.frame(frames.SPILLED, encode(frames.Spilled(frames.REPORT, len(header), self.blobs.write(header))))
-        self.failures, self.replies = [], []
+        self.failures, self.replies, self.ran, self.seconds = [], [], 0, 0.0
         self.last_report = time.monotonic()
         self.unconfirmed.append((self.frame, data))
         self._write(data)

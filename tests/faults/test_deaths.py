@@ -1,0 +1,231 @@
+"""Whichever process dies: nothing accepted is lost, nothing finished is repeated, order stays."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import mphub
+from mphub import EventHub, Restart, Retry, Snapshot, Subscriber, Subscription
+from tests.helpers import eventually
+from tests.procs.test_hub import lines, note
+
+pytestmark = pytest.mark.faults
+PATIENT, AT_ONCE = Retry(max_attempts=1000), Restart(max_restarts=1000, delay=0)
+
+
+def test_only_the_event_that_was_running_is_delivered_again(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    hub = EventHub()
+
+    def handle(n: int) -> None:
+        attempt = mphub.current_event().attempt
+        note(log, f"{n} {attempt}")
+        if n == 1000 and attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    hub.subscribe("k", handle)
+    with hub:
+        hub.publish_batch("k", range(3000))
+    rows = lines(log)
+    assert rows == [*(f"{n} 1" for n in range(1001)), "1000 2", *(f"{n} 1" for n in range(1001, 3000))]
+
+
+@pytest.mark.parametrize("how", ["kill", "exit", "sys.exit", "segfault", "raise"])
+def test_one_that_dies_disturbs_no_other(how: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    hub = EventHub(check=False)
+
+    def fall(n: int) -> None:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "exit":
+            os._exit(7)
+        elif how == "sys.exit":
+            sys.exit(7)
+        elif how == "segfault":
+            getattr(faulthandler, "_sigsegv")()  # noqa: B009 (no stub knows it)
+        raise RuntimeError(how)
+
+    hub.subscribe("k", fall, retry=Retry(max_attempts=1), restart=Restart(delay=0))
+    hub.subscribe("k", lambda n: note(log, n), name="healthy")
+    with hub:
+        hub.publish("k", 1)
+    assert lines(log) == ["1"]
+    (letter,) = hub.dead_letters()
+    assert letter.exit == {"kill": "SIGKILL", "exit": 7, "sys.exit": 7, "segfault": "SIGSEGV", "raise": None}[how]
+    assert letter.reason == ("exception" if how == "raise" else "crash")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_poison_among_good_events_stops_nobody() -> None:
+    hub = EventHub(check=False)
+
+    def picky(n: int) -> None:
+        if n % 200 == 100:
+            os._exit(1)
+
+    hub.subscribe("k", picky, restart=Restart(delay=0), retry=Retry(max_attempts=1))
+    with hub:
+        hub.publish_batch("k", range(20_000))
+    found = hub.statistics().subscribers["picky"]
+    assert (found.dead, found.handled, len(hub.dead_letters())) == (100, 19_900, 100)
+
+
+def test_one_that_dies_on_everything_is_fatal_after_nine_deaths() -> None:
+    hub = EventHub(check=False)
+    subscription: Subscription[int, None] = hub.subscribe("k", lambda n: os._exit(1), name="k", restart=Restart(delay=0))
+    with hub:
+        hub.publish_batch("k", range(100))
+        with pytest.raises(mphub.SubscriberFatal):
+            hub.drain(20)
+        assert subscription.state == "FATAL"
+        found = subscription.statistics()
+        assert (found.dead, found.waiting) == (3, 97)
+        with pytest.raises(mphub.SubscriberFatal):
+            subscription.request(1).result(5)
+        assert subscription.statistics().restarts == 8
+        hub.stop(drain=False)
+
+
+def test_nothing_is_lost_or_repeated_when_the_router_dies(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    hub = EventHub()
+    hub.subscribe("k", lambda n: n, name="pass", to="next")
+    hub.subscribe("next", lambda n: note(log, n), name="log")
+    with hub:
+        for part in range(8):
+            hub.publish_batch("k", range(part * 1000, part * 1000 + 1000))
+            os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+            time.sleep(0.05)
+        hub.drain(30)
+        found = hub.statistics().subscribers
+    assert lines(log) == [str(n) for n in range(8000)]
+    assert found["pass"].handled == found["log"].handled == 8000
+
+
+class Counter(Subscriber[int, int]):
+    """Counts, and tells the total at the end."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def handle(self, payload: int) -> int:
+        self.total += payload
+        return self.total
+
+    def snapshot(self) -> object:
+        return self.total
+
+    def restore(self, state: object) -> None:
+        assert isinstance(state, int)
+        self.total = state
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_snapshotting_counter_is_exact_under_kills() -> None:
+    hub = EventHub()
+    counter = hub.subscribe("k", Counter, snapshot=Snapshot(every=500, period=0.05), retry=PATIENT, restart=AT_ONCE)
+    kills = 0
+    with hub:
+        for n in range(200_000):
+            hub.publish("k", 1)
+            if n % 10_000 == 0:
+                for pid in counter.statistics().pids:
+                    os.kill(pid, signal.SIGKILL)
+                    kills += 1
+        hub.drain(60)
+        assert hub.request("k", 0).result(10) == 200_000
+    assert kills >= 10
+
+
+def test_random_kills_of_subscribers_and_router_lose_nothing(tmp_path: Path) -> None:
+    log, count = tmp_path / "log", 6000
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    dice = random.Random(seed)
+    hub = EventHub()
+    hub.subscribe("k", lambda n: n, name="pass", to="next", retry=PATIENT, restart=AT_ONCE)
+    hub.subscribe("next", lambda n: note(log, n), name="log", retry=PATIENT, restart=AT_ONCE)
+    with hub:
+        for n in range(count):
+            hub.publish("k", n)
+            if n % 400 == 0:
+                found = hub.statistics()
+                victims = [pid for s in found.subscribers.values() for pid in s.pids] + [found.pids["router"]]
+                os.kill(dice.choice(victims), signal.SIGKILL)
+        hub.drain(40)
+        found = hub.statistics()
+    rows = [int(row) for row in lines(log)]
+    assert sorted(set(rows)) == list(range(count))
+    firsts = list(dict.fromkeys(rows))
+    assert firsts == sorted(firsts), "out of order"
+    for each in found.subscribers.values():
+        assert each.accepted == each.handled == count
+
+
+@pytest.mark.parametrize("victim", ["hub", "supervisor"])
+def test_nothing_lives_on_when_hub_or_supervisor_is_killed(victim: str, tmp_path: Path) -> None:
+    script = (
+        "import mphub, subprocess, time\n"
+        "hub = mphub.EventHub()\n"
+        "hub.subscribe('k', lambda n: subprocess.Popen(['sleep', '600']).pid, name='k')\n"
+        "hub.start()\n"
+        "pid = hub.request('k', 1).result()\n"
+        "s = hub.statistics()\n"
+        "print(*s.pids.values(), s.subscribers['k'].pids[0], pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    hub = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    assert hub.stdout is not None
+    pids = [int(pid) for pid in hub.stdout.readline().split()]
+    assert len(pids) >= 3
+    os.kill(hub.pid if victim == "hub" else pids[0], signal.SIGKILL)
+    assert eventually(lambda: not any(alive(pid) for pid in pids), 2.0), [pid for pid in pids if alive(pid)]
+    hub.kill()
+    hub.wait()
+    hub.stdout.close()
+    with EventHub():  # the next hub sweeps the folder
+        pass
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def test_garbage_closes_its_own_connection_only(tmp_path: Path) -> None:
+    import socket
+
+    hub = EventHub()
+    hub.subscribe("k", lambda n: n, name="k")
+    with hub:
+        folder = next(path for path in Path("/dev/shm").glob(f"mphub-{os.getuid()}-*") if str(path) == hub._address.folder)
+        for name in ("data", "control"):
+            for garbage in (b"\xff" * 100, b"\x00" * 9, os.urandom(4096)):
+                with socket.socket(socket.AF_UNIX) as sock:
+                    sock.connect(str(folder / name))
+                    sock.sendall(garbage)
+                    sock.settimeout(5)
+                    assert sock.recv(100) in (b"",), "the connection must be closed"
+        assert hub.request("k", 1).result(5) == 1
+        assert stat_mode(folder) == 0o700
+        assert hub.statistics().subscribers["k"].restarts == 0
+
+
+def stat_mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
