@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from mphub.connection import Address, connection_to, drop_connection
-from mphub.errors import DrainTimeout, HubError, RemoteTraceback, SubscriberFatal, SubscriberPaused
+from mphub.errors import DrainTimeout, HubError, RemoteTraceback, SubscriberFatal, SubscriberPaused, load_error
 from mphub.events import DeadLetter, EventId, Progress
 from mphub.observe.console import Console
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics, percentiles
@@ -92,7 +92,7 @@ class ProcessEngine:
         return self.client.wait_for_state(name, lambda state: state in ("RUNNING", "FATAL", "STOPPED"), timeout)
 
     def error_of(self, error: bytes, trace: str) -> BaseException | None:
-        return codec.decode_error(error, trace) if error else RemoteTraceback(trace) if trace else None
+        return load_error(error, trace) if error else RemoteTraceback(trace) if trace else None
 
     def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId:
         return self.connection.publish(key, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
@@ -257,7 +257,7 @@ def statistics_of(counters: dict[str, Any]) -> SubscriberStatistics:
 def letter_of(dead: Dead, blobs: Blobs, room: int) -> DeadLetter:
     """Build a public dead letter; its payload is kept if there is room for it."""
     batch = dead.batch
-    payload: bytes | memoryview = dead.body
+    payload = bytes(dead.body)
     if batch.blob is not None:
         with contextlib.suppress(OSError):
             payload = bytes(blobs.read(batch.blob)) if batch.size <= room else codec.encode(None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
+from math import inf
 
 
 class MphubError(Exception):
@@ -167,7 +169,7 @@ class RemoteError(MphubError):
     """The text of an exception that cannot be loaded in this process."""
 
 
-class Reject(MphubError):
+class Reject(Exception):
     """Raise in a handler: this event is a dead letter, now."""
 
     def __init__(self, reason: str = "") -> None:
@@ -175,9 +177,29 @@ class Reject(MphubError):
         self.reason = reason
 
 
-class RetryLater(MphubError):
-    """Raise in a handler: run this event again after some seconds; counts as an attempt."""
+class RetryLater(Exception):
+    """Raise in a handler: run this event again after some seconds; counts as an attempt.
+
+    Raises InvalidOption.
+    """
 
     def __init__(self, seconds: float = 1.0) -> None:
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < inf:
+            raise InvalidOption(f"RetryLater(seconds): got {seconds!r}; expected a number of at least 0")
         super().__init__(seconds)
         self.seconds = seconds
+
+
+def load_error(data: bytes, remote: str = "") -> BaseException:
+    """Unpickle another process's exception, with its traceback there as the cause; a RemoteError if it cannot be loaded here."""
+    error: object
+    try:
+        error = pickle.loads(data)
+    except Exception as reason:
+        last = remote.strip().rpartition("\n")[2] or "an exception"
+        error = RemoteError(f"{last} (cannot be loaded here: {type(reason).__name__}: {reason})")
+    if not isinstance(error, BaseException):
+        error = RemoteError(f"{error!r} (no exception)")
+    if remote:
+        error.__cause__ = RemoteTraceback(remote)
+    return error

@@ -6,29 +6,24 @@ import pickle
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from mphub.errors import RemoteError, RemoteTraceback
+from mphub.errors import load_error
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, repr=False)
 class Topic(Generic[T]):
     """A key or pattern tied to the type of its payloads: ``Topic("orders.created", Order)``."""
 
-    def __init__(self, key: str, payload_type: type[T] | None = None) -> None:
-        self.key = key
-        self.payload_type = payload_type
+    key: str
+    payload_type: type[T] | None = None
 
     def __str__(self) -> str:
         return self.key
 
     def __repr__(self) -> str:
-        return f"Topic({self.key!r}{f', {self.payload_type.__name__}' if self.payload_type else ''})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Topic) and (self.key, self.payload_type) == (other.key, other.payload_type)
-
-    def __hash__(self) -> int:
-        return hash((self.key, self.payload_type))
+        kind = getattr(self.payload_type, "__name__", self.payload_type)
+        return f"Topic({self.key!r}{f', {kind}' if kind else ''})"
 
     def _in(self, payload: T) -> T:  # uses T both ways, which makes it invariant
         return payload
@@ -95,7 +90,7 @@ class DeadLetter:
     stderr: str
     told: bool
     """Its failure was raised to the caller (inline engine)."""
-    _payload: bytes | memoryview = field(repr=False)
+    _payload: bytes = field(repr=False)
     _error: bytes = field(repr=False)
 
     @property
@@ -107,13 +102,7 @@ class DeadLetter:
         """The exception, or RemoteError with its text if it cannot be loaded here."""
         if not self._error:
             return None
-        try:
-            error = pickle.loads(self._error)
-        except Exception as reason:
-            last = self.traceback.strip().rpartition("\n")[2]
-            error = RemoteError(last or f"cannot be loaded here: {reason}")
-        error.__cause__ = RemoteTraceback(self.traceback)
-        return error  # type: ignore[no-any-return]
+        return load_error(self._error, self.traceback)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import msgspec
 
 from mphub.errors import InvalidOption
 
+MOST = 2**63 - 1
+"""What any header can carry."""
 _UNITS = {
     "": 1,
     "B": 1,
@@ -29,10 +32,10 @@ def parse_size(value: int | str, field: str = "size") -> int:
 
     Raises InvalidOption.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST:
         return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
-    if found and found[2].upper() in _UNITS and (size := int(float(found[1]) * _UNITS[found[2].upper()])) > 0:
+    if found and found[2].upper() in _UNITS and 0 < (size := int(float(found[1][:25]) * _UNITS[found[2].upper()])) <= MOST:
         return size
     raise InvalidOption(f"{field}: got {value!r}; expected bytes as a positive int or a size such as '512MB' or '2GiB'")
 
@@ -59,10 +62,18 @@ def check_number(owner: str, field: str, value: Any, least: float, *, whole: boo
     Raises InvalidOption.
     """
     kinds = (int,) if whole else (int, float)
-    good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < least or (above and value == least):
+    good = isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= MOST  # not so for nan
+    if not good or (above and value == least):
         kind = "an int" if whole else "a number"
         raise InvalidOption(f"{owner}({field}): got {value!r}; expected {kind} {'above' if above else 'of at least'} {least:g}")
+
+
+def backoff(delay: float, factor: float, repeats: int, max_delay: float) -> float:
+    """Return the seconds before the next try: ``delay`` times ``factor`` for each repeat, at most ``max_delay``."""
+    try:
+        return min(delay * float(factor) ** repeats, max_delay)
+    except OverflowError:
+        return max_delay if delay else 0.0
 
 
 def check_choice(owner: str, field: str, value: object, choices: tuple[str, ...]) -> None:
@@ -98,9 +109,10 @@ class Restart(msgspec.Struct, frozen=True):
         """Return the seconds before the next start."""
         if deaths_in_a_row <= 1:
             return 0.0
-        return min(self.delay * self.factor ** min(deaths_in_a_row - 2, 1000), self.max_delay) if self.delay else 0.0
+        return backoff(self.delay, self.factor, deaths_in_a_row - 2, self.max_delay)
 
 
+@dataclass(frozen=True)
 class Retry:
     """How often an event is tried.
 
@@ -108,47 +120,22 @@ class Retry:
     ``delay`` seconds that grow by ``factor`` up to ``max_delay``.
     """
 
-    __slots__ = ("delay", "factor", "max_attempts", "max_delay", "on")
+    max_attempts: int = 3
+    _: KW_ONLY
+    on: type[BaseException] | tuple[type[BaseException], ...] = ()
+    delay: float = 1.0
+    factor: float = 2.0
+    max_delay: float = 30.0
 
-    def __init__(
-        self,
-        max_attempts: int = 3,
-        *,
-        on: type[BaseException] | tuple[type[BaseException], ...] = (),
-        delay: float = 1.0,
-        factor: float = 2.0,
-        max_delay: float = 30.0,
-    ) -> None:
-        check_number("Retry", "max_attempts", max_attempts, 1, whole=True)
-        classes = on if isinstance(on, tuple) else (on,)
-        for one in classes:
+    def __post_init__(self) -> None:
+        check_number("Retry", "max_attempts", self.max_attempts, 1, whole=True)
+        object.__setattr__(self, "on", self.on if isinstance(self.on, tuple) else (self.on,))
+        for one in self.on if isinstance(self.on, tuple) else ():
             if not (isinstance(one, type) and issubclass(one, BaseException)):
                 raise InvalidOption(f"Retry(on): got {one!r}; expected an exception class or a tuple of them")
-        check_number("Retry", "delay", delay, 0)
-        check_number("Retry", "factor", factor, 1)
-        check_number("Retry", "max_delay", max_delay, 0)
-        for field, value in zip(self.__slots__, (delay, factor, max_attempts, max_delay, classes), strict=True):
-            object.__setattr__(self, field, value)
-
-    max_attempts: int
-    on: tuple[type[BaseException], ...]
-    delay: float
-    factor: float
-    max_delay: float
-
-    def __setattr__(self, field: str, value: object) -> None:
-        raise AttributeError(f"Retry is frozen: make a new one instead of setting {field}")
-
-    def __repr__(self) -> str:
-        return (
-            f"Retry(max_attempts={self.max_attempts}, on={self.on!r}, delay={self.delay}, factor={self.factor}, max_delay={self.max_delay})"
-        )
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Retry) and all(getattr(self, f) == getattr(other, f) for f in self.__slots__)
-
-    def __hash__(self) -> int:
-        return hash(tuple(getattr(self, f) for f in self.__slots__))
+        check_number("Retry", "delay", self.delay, 0)
+        check_number("Retry", "factor", self.factor, 1)
+        check_number("Retry", "max_delay", self.max_delay, 0)
 
 
 class Inbox(msgspec.Struct, frozen=True):

@@ -19,9 +19,9 @@ from mphub.errors import (
     HubClosed,
     NoSubscriber,
     SubscriberFatal,
+    load_error,
 )
 from mphub.events import EventId
-from mphub.wire.codec import decode_error
 
 R = TypeVar("R")
 AHEAD = 64
@@ -90,7 +90,7 @@ def failure_of(outcome: str, body: bytes) -> BaseException:
     detail = msgspec.msgpack.decode(body)
     if outcome == "exception":
         error, trace = detail
-        raised = decode_error(error, trace)
+        raised = load_error(error, trace)
         # asyncio cannot carry a StopIteration: the await would never end
         return RuntimeError(f"StopIteration raised in the handler: {raised}") if isinstance(raised, StopIteration) else raised
     makers: dict[str, Callable[[], BaseException]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,7 @@ from mphub.errors import (
     SubscriberPaused,
     UsageError,
     WorkError,
+    load_error,
 )
 
 EXAMPLES: list[Exception] = [
@@ -109,8 +111,6 @@ def test_every_error_has_an_example() -> None:
         (DeadLettersLeft, (WorkError,)),
         (DrainTimeout, (MphubError, TimeoutError)),
         (RemoteError, (MphubError,)),
-        (Reject, (MphubError,)),
-        (RetryLater, (MphubError,)),
     ],
 )
 def test_errors_are_caught_by_their_bases(error: type[Exception], bases: tuple[type[Exception], ...]) -> None:
@@ -135,3 +135,19 @@ def test_messages_say_what_happened_and_what_to_do(error: Exception, words: list
 
 def test_a_remote_traceback_is_shown_whole_below_its_name() -> None:
     assert str(RemoteTraceback("Traceback of the child")) == "\nTraceback of the child"
+
+
+def test_what_handlers_raise_is_no_error_of_the_hub() -> None:
+    assert not issubclass(Reject, MphubError)
+    assert not issubclass(RetryLater, MphubError)
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), "1", True])
+def test_retry_later_takes_seconds(seconds: Any) -> None:
+    with pytest.raises(InvalidOption, match="seconds"):
+        RetryLater(seconds)
+
+
+def test_what_is_no_exception_is_told_as_one() -> None:
+    assert isinstance(load_error(pickle.dumps(3)), RemoteError)
+    assert "ValueError: no" in str(load_error(b"garbage", "Traceback\nValueError: no"))

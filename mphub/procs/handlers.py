@@ -13,6 +13,7 @@ from typing import Any
 
 from mphub.core.keys import check_name
 from mphub.errors import InvalidOption, Reject, RetryLater
+from mphub.options import backoff
 from mphub.subscriber import Subscriber
 
 
@@ -21,7 +22,7 @@ class Work:
     """What a subscriber's process is given, pickled: opaque to supervisor and router."""
 
     handler: object
-    on: tuple[type[BaseException], ...]
+    on: type[BaseException] | tuple[type[BaseException], ...]
     delay: float
     factor: float
     max_delay: float
@@ -116,7 +117,7 @@ def retry_after(work: Work, error: BaseException, attempt: int) -> tuple[bool, f
         return True, error.seconds
     if isinstance(error, Reject) or not isinstance(error, work.on):
         return False, 0.0
-    return True, min(work.delay * work.factor ** (attempt - 1), work.max_delay)
+    return True, backoff(work.delay, work.factor, attempt - 1, work.max_delay)
 
 
 def _callable(function: Any) -> Runner:

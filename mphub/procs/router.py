@@ -52,6 +52,8 @@ MAX_AHEAD = 512 << 10
 CONFIRM_EVERY = 8
 """Reports after which a subscriber is confirmed without a delivery to ride on."""
 ENOUGH_FRAMES = 256
+LONGEST_WAIT = 3600.0
+"""Seconds; a selector refuses to wait for more than some weeks."""
 HELLO_WITHIN = 5.0
 """Seconds after which a connection that has not said who it is is closed."""
 _batch, _report, _call = decoder(Batch), decoder(Report), decoder(Call)
@@ -138,7 +140,7 @@ class Router:
         waits = [5.0] if self.strangers else []
         due = self.exchange.next_due()
         if due is not None:
-            waits.append(max(0.0, due - time.time()))
+            waits.append(min(max(0.0, due - time.time()), LONGEST_WAIT))
         return min(waits) if waits else None
 
     # -- reading

@@ -7,7 +7,7 @@ import sys
 import traceback
 from types import ModuleType
 
-from mphub.errors import PayloadError, RemoteError, RemoteTraceback
+from mphub.errors import PayloadError, RemoteError
 
 loads = pickle.loads
 MAIN_NAMES = (b"__main__", b"__mp_main__")
@@ -48,20 +48,6 @@ def encode_error(error: BaseException) -> bytes:
     except Exception:
         return pickle.dumps(RemoteError(f"{type(error).__name__}: {error}"), 5)
     return data
-
-
-def decode_error(data: bytes, remote: str = "") -> BaseException:
-    """Load an exception, with the traceback of where it was raised as its cause."""
-    error: object
-    try:
-        error = loads(data)
-    except Exception as reason:
-        error = RemoteError(f"an exception that cannot be loaded here ({type(reason).__name__}: {reason})")
-    if not isinstance(error, BaseException):
-        error = RemoteError(repr(error))
-    if remote:
-        error.__cause__ = RemoteTraceback(remote)
-    return error
 
 
 def traceback_text(error: BaseException, skip_below: str = "") -> str:
