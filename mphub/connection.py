@@ -12,13 +12,14 @@ import weakref
 from collections import deque
 from multiprocessing import util as mp_util
 from pickle import dumps
+from typing import Any
 
 import msgspec
 import psutil
 
-from mphub.core.keys import matches
+from mphub.core.keys import check_key, matches
 from mphub.errors import DrainTimeout, HubClosed, MphubError, NoSubscriber, PayloadError
-from mphub.events import EventId
+from mphub.events import EventId, Topic, str_of
 from mphub.reply import Reply, failure_of
 from mphub.store.blobs import Blobs
 from mphub.wire import codec, frames
@@ -48,6 +49,8 @@ SILENCE = 10.0
 Mode = tuple[str | None, bool, int]
 """(target, is a request, epoch): what all events of a frame have in common."""
 PLAIN: Mode = (None, False, 0)
+SCALARS = frozenset({bytes, str, int, float, bool, type(None)})
+"""Payload types that pickle as they are: nothing of ``__main__`` can be in them."""
 LAST_FLUSH = 5.0
 """Seconds that the end of a process waits for its confirms."""
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -125,33 +128,22 @@ class Connection:
             self._wait_confirmed(sequence, None)
         return EventId(self._base + number)
 
-    def publish_plain(self, key: str, payload: object) -> EventId:
-        """Do what ``publish`` does for an event with nothing special: no call but pickle's on the way, as this is the rate.
+    def publish_plain(self, key: str | Topic[Any], payload: object) -> EventId:
+        """Do what ``publish`` does for an event with nothing special; hardly a call on the way, as this is the rate.
 
-        Raises PayloadError, HubClosed.
+        Raises InvalidKey, PayloadError, HubClosed.
         """
-        try:
-            data = dumps(payload, 5)
-        except Exception:
-            data = codec.encode(payload)
-        else:
-            if b"__main__" in data or b"__mp_main__" in data:
-                data = codec.encode(payload)
+        data = dumps(payload, 5) if type(payload) in SCALARS else codec.encode(payload)
         size = len(data)
         with self._lock:
             keys, events = self._keys, self._events
-            if self._thread is None or self._mode is not PLAIN or self._held or self._ended or not keys or size >= BLOB_MIN:
-                return EventId(self._base + self._add(key, data, None, PLAIN))
-            if keys[-1] == key:
-                self._counts[-1] += 1
-            else:
-                keys.append(key)
-                self._counts.append(1)
-                size += len(key) + 8
+            if not keys or self._mode is not PLAIN or self._held or self._ended is not None or size >= BLOB_MIN:
+                return EventId(self._base + self._add(check_key(str_of(key)), data, None, PLAIN))
+            if keys[-1] != key:  # else it has been checked
+                self._new_run(check_key(str_of(key)))
             events.append(data)
             self._size += size
-            self._number += 1
-            number = self._number
+            self._number = number = self._number + 1
             if self._size >= BATCH_BYTES or len(events) >= MAX_EVENTS:
                 self._send_batch()
         return EventId(self._base + number)
@@ -199,18 +191,24 @@ class Connection:
         self._send()
 
     def _append(self, key: str, data: bytes, extra: Extra | None) -> int:
-        if self._keys and self._keys[-1] == key:
-            self._counts[-1] += 1
-        else:
-            self._keys.append(key)
-            self._counts.append(1)
-            self._size += len(key) + 8
+        if not self._keys or self._keys[-1] != key:
+            self._new_run(key)
         if extra is not None:
             self._extras[len(self._events)] = extra
         self._events.append(data)
         self._size += len(data)
         self._number += 1
         return self._number
+
+    def _new_run(self, key: str) -> None:
+        self._keys.append(key)
+        self._starts.append(len(self._events))
+        self._size += len(key) + 8
+
+    def _runs(self) -> list[tuple[str, int]]:
+        """Return the batch's runs of (key, count)."""
+        ends = [*self._starts[1:], len(self._events)]
+        return [(key, end - start) for key, start, end in zip(self._keys, self._starts, ends, strict=True)]
 
     def _ready(self, mode: Mode) -> None:
         if self._ended is not None:
@@ -238,8 +236,8 @@ class Connection:
         self._sequence += 1
         header = encode(
             Batch(
-                self.id, self._sequence, self._number - len(self._events) + 1, list(zip(self._keys, self._counts, strict=True)),
-                time.time(), epoch, target, reply, strict, blob, size, self._extras or None,
+                self.id, self._sequence, self._number - len(self._events) + 1, self._runs(), time.time(),
+                epoch, target, reply, strict, blob, size, self._extras or None,
             )
         )  # fmt: skip
         self._clear_batch()
@@ -253,7 +251,7 @@ class Connection:
 
     def _clear_batch(self) -> None:
         self._keys: list[str] = []
-        self._counts: list[int] = []
+        self._starts: list[int] = []
         self._events: list[bytes] = []
         self._extras: dict[int, Extra] = {}
         self._size = 0

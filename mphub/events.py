@@ -29,6 +29,11 @@ class Topic(Generic[T]):
         return payload
 
 
+def str_of(key: object) -> str:
+    """Return the key of a Topic; anything else as it is, to be checked."""
+    return key.key if isinstance(key, Topic) else key  # type: ignore[return-value]
+
+
 class EventId(int):
     """64 random bits of the publisher << 40 | its running number; shown as hex, stable over retry, redelivery and redrive."""
 

@@ -29,12 +29,12 @@ from mphub.errors import (
     NoSubscriber,
     StartFailed,
 )
-from mphub.events import DeadLetter, EventId, Notice, Progress, Topic
+from mphub.events import DeadLetter, EventId, Notice, Progress, Topic, str_of
 from mphub.observe.console import Console, farewell, log
 from mphub.observe.statistics import HubStatistics
 from mphub.options import Inbox, Limits, Restart, Retry, Snapshot, Stop, check_choice, parse_share
 from mphub.procs import boot, handlers
-from mphub.publisher import HubQueue, Publisher, Transaction, check_headers, str_of
+from mphub.publisher import HubQueue, Publisher, Transaction, check_headers
 from mphub.reply import Reply, Results
 from mphub.subscriber import Subscriber, holder, inside, is_importing
 from mphub.subscribing import Handler, SubscribeOptions, make_spec, refuse_unavailable
@@ -412,13 +412,9 @@ class EventHub:
         Raises InvalidKey, PayloadError, HubClosed; with ``confirm`` NoSubscriber.
         """
         here = self._here
-        if (
-            here is not None
-            and holder.context is None
-            and type(key) is str
-            and not (headers or now or confirm or priority or delay or ordering_key or expires is not None)
-        ):
-            return here(check_key(key), payload)
+        special = headers or now or confirm or priority or delay or ordering_key or expires is not None
+        if here is not None and holder.context is None and not special:
+            return here(key, payload)
         if priority or delay or expires is not None:
             refuse_unavailable(priority=(priority, 0), delay=(delay, 0.0), expires=(expires, None))
         name = check_key(key if type(key) is str else str_of(key))

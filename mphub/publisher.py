@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar, overload
 from mphub.connection import Address, Connection, connection_to
 from mphub.core.keys import check_key
 from mphub.errors import InvalidOption, PayloadError
-from mphub.events import EventId, Topic
+from mphub.events import EventId, Topic, str_of
 from mphub.reply import Reply
 from mphub.wire import codec
 from mphub.wire.frames import Extra
@@ -196,11 +196,6 @@ class HubQueue(_Queue):
 
     def cancel_join_thread(self) -> None:
         """Nothing to cancel: a process that ends flushes for at most 5 s anyway."""
-
-
-def str_of(key: object) -> str:
-    """Return the key of a Topic; anything else as it is, to be checked."""
-    return key.key if isinstance(key, Topic) else key  # type: ignore[return-value]
 
 
 def check_headers(headers: dict[str, str] | None) -> dict[str, str] | None:

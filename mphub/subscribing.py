@@ -9,10 +9,9 @@ from typing import Any, TypedDict
 
 from mphub.core.keys import check_key, check_name, check_pattern
 from mphub.errors import InvalidKey, InvalidOption
-from mphub.events import Topic
+from mphub.events import Topic, str_of
 from mphub.options import Inbox, Limits, Restart, Retry, Snapshot
 from mphub.procs import handlers
-from mphub.publisher import str_of
 from mphub.subscriber import Subscriber
 from mphub.wire import codec
 from mphub.wire.specs import Spec, Surroundings
