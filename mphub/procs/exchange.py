@@ -17,9 +17,10 @@ from mphub.core.delivery import Portion, Spans, length
 from mphub.core.keys import nearest
 from mphub.core.rows import Row
 from mphub.core.table import RoutingTable
-from mphub.procs.letters import Letters
-from mphub.procs.mailbox import Mailbox
-from mphub.store.blobs import Blobs
+from mphub.procs.letters import Cause, Letters
+from mphub.procs.mailbox import Mailbox, single_portion
+from mphub.procs.recovery import recover
+from mphub.store.blobs import Blobs, References
 from mphub.store.journal import Counters, Keeper, Progress, Single, Stored, SubscriberState
 from mphub.wire.frames import Batch, Failure, ReplyRow, Report, decoder, encode, join
 from mphub.wire.specs import Spec
@@ -31,19 +32,6 @@ SETTLED = 1 << 62
 """In place of a frame number: the death of that incarnation is settled."""
 _stored, _single, _progress = decoder(Stored), decoder(Single), decoder(Progress)
 _state, _spec = decoder(SubscriberState), decoder(Spec)
-
-
-@dataclass(frozen=True, slots=True)
-class Cause:
-    """Why a process died: what a dead letter says of it."""
-
-    reason: str
-    """``crash`` or ``timeout``."""
-    exit: str | int | None = None
-    pid: int | None = None
-    traceback: str = ""
-    rss: int | None = None
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +50,7 @@ class Exchange:
     def __init__(self, journal: Keeper, blobs: Blobs, max_bytes: int, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.journal, self.blobs, self.max_bytes = journal, blobs, max_bytes
+        self.references = References(blobs)
         self.admitted = int(max_bytes * ADMIT)
         self.boxes: dict[str, Mailbox] = {}
         self.table: RoutingTable[Mailbox] = RoutingTable()
@@ -74,37 +63,31 @@ class Exchange:
         self.told = False
         """The failure in the report at hand is raised to its caller (inline)."""
         self.letters = Letters(self)
-        self._next = 1
-        self._left: dict[int, int] = {}
+        self.next_row = 1
+        self.left: dict[int, int] = {}
         self._rows: WeakValueDictionary[int, Row] = WeakValueDictionary()
-        self._blob_of: dict[int, str] = {}
-        self._blob_refs: dict[str, int] = {}
-        self.blob_bytes = 0
-        self._gone: list[str] = []
         self._dirty: dict[Mailbox, dict[int, Portion]] = {}
         self._dirty_publishers: set[int] = set()
         self._dirty_frames: set[int] = set()
         self._meta: tuple[int, int, int] = (0, 0, 0)
         with journal.turn():
-            self._load()
+            recover(self)
 
     # -- a turn
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Commit all that happens inside in one transaction; unlink ended blobs afterwards."""
+        """Commit all that happens inside in one transaction; remove ended blobs afterwards."""
         with self.journal.turn():
             yield
             self._write_dirty()
-        for name in self._gone:
-            self.blobs.remove(name)
-        self._gone.clear()
+        self.references.sweep()
 
     def _write_dirty(self) -> None:
         for box, portions in self._dirty.items():
             if box.runs_low():
                 self._refill(box)
-            for row in box.advance(self._next):
+            for row in box.advance(self.next_row):
                 self.journal.delete("progress", progress_key(box, row))
             self._write_progress(box, portions)
             self.journal.put("subscribers", b"s" + box.name.encode(), encode(box.state))
@@ -115,7 +98,7 @@ class Exchange:
         for incarnation in self._dirty_frames:
             self.journal.put("frames", incarnation.to_bytes(8, "big"), encode(self.frames[incarnation]))
         self._dirty_frames.clear()
-        meta = (self._next, self.epoch, self.accepted)
+        meta = (self.next_row, self.epoch, self.accepted)
         if meta != self._meta:
             self.journal.put("meta", b"counters", encode((*meta, self.unmatched)))
             self._meta = meta
@@ -143,7 +126,7 @@ class Exchange:
             box = old
         else:
             number = 1 + max((b.number for b in self.boxes.values()), default=0)
-            box = Mailbox.make(spec, SubscriberState(number, self._next, Counters()), self.admitted)
+            box = Mailbox.make(spec, SubscriberState(number, self.next_row, Counters()), self.admitted)
             self.boxes[spec.name] = box
         for pattern in spec.patterns:
             self.table.add(pattern, box)
@@ -207,11 +190,11 @@ class Exchange:
         """Journal a publisher's frame; a repeat is passed over. Return (error, message) if it is refused."""
         if batch.sequence <= self.sequences.get(batch.publisher, 0):
             return None
+        self.sequences[batch.publisher] = batch.sequence
+        self._dirty_publishers.add(batch.publisher)
         refused = self._refusal(batch)
         if refused is None:
             self.take_in(batch, header, body, batch.epoch or self.epoch)
-        self.sequences[batch.publisher] = batch.sequence
-        self._dirty_publishers.add(batch.publisher)
         return refused
 
     def _refusal(self, batch: Batch) -> tuple[str, str] | None:
@@ -235,20 +218,17 @@ class Exchange:
         count = batch.count
         self.accepted += count
         if not matched:
-            if batch.blob is not None:
-                self._gone.append(batch.blob)
+            self.references.end(batch.blob)
             return
-        number = self._next
-        self._next += 1
+        number = self.next_row
+        self.next_row += 1
         whole = [(0, count)]
         stored = encode((epoch, msgspec.Raw(header), {b.number: None if s == whole else s for b, s in matched.items()}, body))
         self.journal.append("rows", number.to_bytes(8, "big"), stored)
         row = Row(number, epoch, batch, header, body)
         self._rows[number] = row
-        self._left[number] = len(matched)
-        if batch.blob is not None:
-            self._blob_of[number] = batch.blob
-            self.hold_blob(batch.blob, batch.size)
+        self.left[number] = len(matched)
+        self.references.hold_for(number, batch.blob)
         size = batch.size // count
         for box, spans in matched.items():
             self._deliver_to(box, row, spans, size)
@@ -378,14 +358,12 @@ class Exchange:
         self._close_if_done(box, portion)
 
     def make_single(self, box: Mailbox, batch: Batch, body: bytes, epoch: int, attempt: int, due: float) -> int:
-        number = self._next
-        self._next += 1
+        number = self.next_row
+        self.next_row += 1
         key = box.number.to_bytes(4, "big") + number.to_bytes(8, "big")
         packed = join([body]) if batch.blob is None else b""
         self.journal.put("singles", key, encode(Single(epoch, batch, packed, attempt, due)))
-        if batch.blob is not None:
-            self._blob_of[number] = batch.blob
-            self.hold_blob(batch.blob, batch.size)
+        self.references.hold_for(number, batch.blob)
         return number
 
     def died(
@@ -428,44 +406,19 @@ class Exchange:
         if row.single:
             if not portion.todo:
                 self.journal.delete("singles", box.number.to_bytes(4, "big") + row.id.to_bytes(8, "big"))
-                self._release_blob(row.id)
+                self.references.release(row.id)
             return
         touched[row.id] = portion
         if portion.todo:
             return
         box.closed.add(row.id)
-        left = self._left[row.id] - 1
+        left = self.left[row.id] - 1
         if left:
-            self._left[row.id] = left
+            self.left[row.id] = left
         else:
-            del self._left[row.id]
+            del self.left[row.id]
             self.journal.delete("rows", row.id.to_bytes(8, "big"))
-            self._release_blob(row.id)
-
-    # -- blobs
-
-    def hold_blob(self, name: str, size: int) -> None:
-        self._blob_refs[name] = self._blob_refs.get(name, 0) + 1
-        if self._blob_refs[name] == 1:
-            self.blob_bytes += size
-
-    def _release_blob(self, row: int) -> None:
-        name = self._blob_of.pop(row, None)
-        if name is not None:
-            self.drop_blob(name)
-
-    def drop_blob(self, name: str) -> None:
-        """End one reference; the file goes after the commit that ends the last."""
-        left = self._blob_refs.get(name, 1) - 1
-        if left:
-            self._blob_refs[name] = left
-            return
-        self._blob_refs.pop(name, None)
-        try:
-            self.blob_bytes -= self.blobs.size(name)
-        except OSError:
-            self.blob_bytes = max(0, self.blob_bytes)
-        self._gone.append(name)
+            self.references.release(row.id)
 
     # -- time and windows
 
@@ -497,10 +450,10 @@ class Exchange:
             if not box.wants_more():
                 box.tail = number
                 return
-            self._load_row(box, number, _stored.decode(value))
+            self.load_row(box, number, _stored.decode(value))
         box.tail = None
 
-    def _load_row(self, box: Mailbox, number: int, stored: Stored) -> None:
+    def load_row(self, box: Mailbox, number: int, stored: Stored) -> None:
         if box.number not in stored.matched or number in box.closed:
             return
         spans = stored.matched[box.number]
@@ -516,80 +469,6 @@ class Exchange:
 
     # -- after a restart
 
-    def _load(self) -> None:
-        found = self.journal.get("meta", b"counters")
-        if found is not None:
-            self._next, self.epoch, self.accepted, self.unmatched = msgspec.msgpack.decode(found)
-        for key, value in self.journal.scan("publishers"):
-            self.sequences[int.from_bytes(key, "big")] = msgspec.msgpack.decode(value)
-        for key, value in self.journal.scan("frames"):
-            self.frames[int.from_bytes(key, "big")] = msgspec.msgpack.decode(value)
-        for key, value in self.journal.scan("subscribers", b"d", b"e"):
-            self._load_box(_spec.decode(value), key[1:])
-        self.letters.load()
-        progress = {box.number: self._load_progress(box) for box in self.boxes.values()}
-        for key, value in self.journal.scan("rows"):
-            self._load_everywhere(int.from_bytes(key, "big"), _stored.decode(value), progress)
-        for box in self.boxes.values():
-            self._load_singles(box)
-
-    def _load_box(self, spec: Spec, name: bytes) -> None:
-        value = self.journal.get("subscribers", b"s" + name)
-        state = _state.decode(value) if value is not None else SubscriberState(len(self.boxes) + 1, self._next, Counters())
-        box = Mailbox.make(spec, state, self.admitted)
-        self.boxes[spec.name] = box
-        for pattern in spec.patterns:
-            self.table.add(pattern, box)
-
-    def _load_progress(self, box: Mailbox) -> dict[int, Progress]:
-        prefix, end = box.number.to_bytes(4, "big"), (box.number + 1).to_bytes(4, "big")
-        rows = {int.from_bytes(key[4:], "big"): _progress.decode(v) for key, v in self.journal.scan("progress", prefix, end)}
-        box.noted = set(rows)
-        return rows
-
-    def _load_everywhere(self, number: int, stored: Stored, progress: dict[int, dict[int, Progress]]) -> None:
-        """Count a row's unfinished subscribers, and load it into the windows that have room."""
-        left = 0
-        if stored.batch.blob is not None:
-            self._blob_of[number] = stored.batch.blob
-            self.hold_blob(stored.batch.blob, stored.batch.size)
-        for box in self.boxes.values():
-            if box.number not in stored.matched or number < box.state.cursor:
-                continue
-            known = progress[box.number].get(number)
-            if known is not None and not known.todo:
-                heapq.heappush(box.open, number)
-                box.closed.add(number)
-                continue
-            left += 1
-            self._load_into(box, number, stored, progress[box.number])
-        if left:
-            self._left[number] = left
-        else:
-            self.journal.delete("rows", number.to_bytes(8, "big"))
-            self._release_blob(number)
-
-    def _load_into(self, box: Mailbox, number: int, stored: Stored, progress: dict[int, Progress]) -> None:
-        spans = progress[number].todo if number in progress else stored.matched[box.number]
-        box.bytes += (length(list(spans)) if spans is not None else stored.batch.count) * (stored.batch.size // stored.batch.count)
-        if box.tail is None and box.wants_more():
-            self._load_row(box, number, stored)
-        elif box.tail is None:
-            box.tail = number
-
-    def _load_singles(self, box: Mailbox) -> None:
-        prefix, end = box.number.to_bytes(4, "big"), (box.number + 1).to_bytes(4, "big")
-        for key, value in self.journal.scan("singles", prefix, end):
-            number, single = int.from_bytes(key[4:], "big"), _single.decode(value)
-            box.bytes += single.batch.size
-            if single.batch.blob is not None:
-                self._blob_of[number] = single.batch.blob
-                self.hold_blob(single.batch.blob, single.batch.size)
-            if single.due:
-                heapq.heappush(box.delayed, (single.due, number))
-            else:
-                box.load(single_portion(number, single))
-
     def assign(self, box: Mailbox, ranges: list[tuple[int, int, int, int]]) -> None:
         """Treat what a board says its live process may hold as held (router restart)."""
         box.delivery.assign(ranges)
@@ -600,7 +479,7 @@ class Exchange:
         self._dirty_publishers.discard(publisher)
         self.journal.delete("publishers", publisher.to_bytes(8, "big"))
         self.letters.forget_requester(publisher)
-        self._gone.extend(name for name in self.blobs.of_writer(publisher) if name not in self._blob_refs)
+        self.references.end_of_writer(publisher)
 
     # -- questions
 
@@ -616,7 +495,7 @@ class Exchange:
 
     def held_patterns(self) -> list[str]:
         """Return the patterns whose publishers wait; ``>`` when the journal is as full as admission allows."""
-        if self.journal.used + self.blob_bytes >= self.admitted:
+        if self.journal.used + self.references.bytes >= self.admitted:
             return [">"]
         return sorted({pattern for box in self.boxes.values() if box.full for pattern in box.spec.patterns})
 
@@ -626,8 +505,3 @@ class Exchange:
 
 def progress_key(box: Mailbox, row: int) -> bytes:
     return box.number.to_bytes(4, "big") + row.to_bytes(8, "big")
-
-
-def single_portion(number: int, single: Single) -> Portion:
-    row = Row(number, single.epoch, single.batch, encode(single.batch), single.body, single=True)
-    return Portion(row, [(0, 1)], single.batch.size, {0: single.attempt} if single.attempt > 1 else {})

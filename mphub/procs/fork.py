@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -124,6 +125,20 @@ def kill_session(leader: int) -> None:
                 os.kill(pid, signal.SIGKILL)
         if not found:
             return
+
+
+def kill_children(within: float = 1.5) -> None:
+    """Kill and reap until this process has no child left, at most some seconds."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        if not children:
+            return
+        for pid in map(int, children):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def is_same(pid: int, ticks: int) -> bool:

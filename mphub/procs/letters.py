@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,7 +14,7 @@ from mphub.store.journal import Dead, on_disk
 from mphub.wire.frames import Batch, Reply, ReplyRow, decoder, encode
 
 if TYPE_CHECKING:
-    from mphub.procs.exchange import Cause, Exchange
+    from mphub.procs.exchange import Exchange
     from mphub.procs.mailbox import Mailbox
 
 DEAD_SHARE = 0.25
@@ -23,6 +24,19 @@ PAGE_BYTES = 512 << 10
 _dead = decoder(Dead)
 _reply = decoder(ReplyRow)
 _snapshot = msgspec.msgpack.Decoder(tuple[bytes, str | None])
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a process died: what a dead letter says of it."""
+
+    reason: str
+    """``crash`` or ``timeout``."""
+    exit: str | int | None = None
+    pid: int | None = None
+    traceback: str = ""
+    rss: int | None = None
+    seconds: float = 0.0
 
 
 class Letters:
@@ -40,15 +54,11 @@ class Letters:
             self._next = int.from_bytes(key, "big") + 1
             dead = _dead.decode(value)
             self._dead_bytes += on_disk(value) + dead.batch.size
-            self._hold(dead)
+            self.exchange.references.hold(dead.batch.blob)
         for _, value in self.exchange.journal.scan("replies"):
-            row = _reply.decode(value)
-            if row.blob is not None:
-                self.exchange.hold_blob(row.blob, 0)
+            self.exchange.references.hold(_reply.decode(value).blob)
         for _, value in self.exchange.journal.scan("snapshots"):
-            _, blob = _snapshot.decode(value)
-            if blob is not None:
-                self.exchange.hold_blob(blob, 0)
+            self.exchange.references.hold(_snapshot.decode(value)[1])
 
     # -- dead letters
 
@@ -95,14 +105,10 @@ class Letters:
         self.exchange.journal.put("dead", self._next.to_bytes(8, "big"), value)
         self._next += 1
         self._dead_bytes += on_disk(value) + dead.batch.size
-        self._hold(dead)
+        self.exchange.references.hold(dead.batch.blob)
         while self._dead_bytes > self.exchange.max_bytes * DEAD_SHARE:
             if not self._give_way():
                 break
-
-    def _hold(self, dead: Dead) -> None:
-        if dead.batch.blob is not None:
-            self.exchange.hold_blob(dead.batch.blob, dead.batch.size)
 
     def _give_way(self) -> bool:
         """Drop the oldest dead letter, counted."""
@@ -122,8 +128,7 @@ class Letters:
     def _remove(self, key: bytes, dead: Dead) -> None:
         self._dead_bytes -= on_disk(encode(dead)) + dead.batch.size
         self.exchange.journal.delete("dead", key)
-        if dead.batch.blob is not None:
-            self.exchange.drop_blob(dead.batch.blob)
+        self.exchange.references.drop(dead.batch.blob)
 
     def _scan(self, name: str | None, ids: Collection[int] | None, after: int = 0) -> Iterator[tuple[bytes, Dead]]:
         for key, value in self.exchange.journal.scan("dead", (after + 1).to_bytes(8, "big")):
@@ -179,10 +184,12 @@ class Letters:
         self.reply(ReplyRow(row.batch.publisher, row.batch.number + index, outcome, body))
 
     def reply(self, row: ReplyRow) -> None:
-        """Keep a reply until its requester has it."""
+        """Keep a reply until its requester has it; of one that is dead nobody will ever say so."""
+        if row.publisher not in self.exchange.sequences:
+            self.exchange.references.end(row.blob)
+            return
         self.exchange.journal.put("replies", reply_key(row.publisher, row.number), encode(row))
-        if row.blob is not None:
-            self.exchange.hold_blob(row.blob, 0)
+        self.exchange.references.hold(row.blob)
         self.replies.setdefault(row.publisher, []).append(Reply(row.number, row.outcome, row.body, row.blob))
 
     def unanswered(self, publisher: int) -> list[Reply]:
@@ -200,9 +207,7 @@ class Letters:
             if value is None:
                 continue
             self.exchange.journal.delete("replies", key)
-            blob = _reply.decode(value).blob
-            if blob is not None:
-                self.exchange.drop_blob(blob)
+            self.exchange.references.drop(_reply.decode(value).blob)
 
     def forget_requester(self, publisher: int) -> None:
         self.taken(publisher, [reply.number for reply in self.unanswered(publisher)])
@@ -214,10 +219,9 @@ class Letters:
         """Replace a subscriber's snapshot."""
         old = self.exchange.journal.get("snapshots", name.encode())
         self.exchange.journal.put("snapshots", name.encode(), encode((data, blob)))
-        if blob is not None:
-            self.exchange.hold_blob(blob, 0)
-        if old is not None and (old_blob := _snapshot.decode(old)[1]) is not None:
-            self.exchange.drop_blob(old_blob)
+        self.exchange.references.hold(blob)
+        if old is not None:
+            self.exchange.references.drop(_snapshot.decode(old)[1])
 
     def snapshot(self, name: str) -> tuple[bytes, str | None] | None:
         value = self.exchange.journal.get("snapshots", name.encode())

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 from mphub.core.credit import Credit
 from mphub.core.delivery import Delivery, Portion
+from mphub.core.rows import Row
 from mphub.store.board import SLOTS
-from mphub.store.journal import Counters, SubscriberState
+from mphub.store.journal import Counters, Single, SubscriberState
+from mphub.wire.frames import encode
 from mphub.wire.specs import Spec
 
 WINDOW_EVENTS = 10_000
@@ -126,3 +128,8 @@ class Mailbox:
         over = self.unfinished >= self.spec.inbox.maxsize * least or self.bytes >= self.max_bytes * least
         self.full = over and not self.bounces
         return self.full != was
+
+
+def single_portion(number: int, single: Single) -> Portion:
+    row = Row(number, single.epoch, single.batch, encode(single.batch), single.body, single=True)
+    return Portion(row, [(0, 1)], single.batch.size, {0: single.attempt} if single.attempt > 1 else {})

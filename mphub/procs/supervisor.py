@@ -14,24 +14,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from mphub.core.restarts import RestartCounter
 from mphub.procs import boot, fork
 from mphub.procs.boot import Charter
-from mphub.procs.router import Router
-from mphub.procs.wards import LOG_BYTES, Child, Tail, Ward, make_child
+from mphub.procs.desk import Desk, Reply
+from mphub.procs.link import Link
+from mphub.procs.wards import Child, Tail, Ward, make_child
 from mphub.procs.worker import run_worker
-from mphub.wire import frames
-from mphub.wire.frames import Answer, Call, ProtocolError, Push, decoder, encode
+from mphub.wire.frames import Answer, Call, Push, decoder
 from mphub.wire.specs import Spec
-from mphub.wire.stream import Frame, Stream, peer_uid
 
 TICK = 0.1
 """Seconds between looks at limits, outputs and frozen processes."""
 LIMIT_TICK = 0.02
 FROZEN_AFTER = 5.0
-ROUTER_DEATHS, ROUTER_PERIOD = 10, 10.0
+HELD_AFTER = 5.0
+"""Seconds that publishers wait before a notice names whom they wait for."""
 _call, _answer, _push, _spec = decoder(Call), decoder(Answer), decoder(Push), decoder(Spec)
 
 
@@ -45,24 +43,20 @@ class Supervisor:
         fork.become_subreaper()
         self.selector = selectors.DefaultSelector()
         self.data = listen(self.address.data)
-        self.control = listen(self.address.control)
-        self.selector.register(self.control, selectors.EVENT_READ, self._accept)
+        self.desk = Desk(listen(self.address.control), self.address.token, self.selector, self._serve)
         self.wards: dict[str, Ward] = {}
-        self.unsettled: dict[int, tuple[Child, Call]] = {}
-        self.clients: set[Stream] = set()
-        self.calls: dict[int, tuple[Call, Callable[[Any], None]]] = {}
-        self.settlements: dict[int, Callable[[], None]] = {}
-        self.farewells: list[tuple[list[Ward], Callable[..., None]]] = []
-        self.numbers = 0
-        self.router_pid = 0
-        self.router_deaths: list[float] = []
-        self.link: Stream | None = None
-        self.held_names: list[str] = []
+        self.unsettled: dict[int, Child] = {}
+        """By incarnation: reaped, but the router has not said yet that its events are settled."""
+        self.farewells: list[tuple[list[Ward], Reply]] = []
+        self.held: dict[str, float] = {}
+        """Since when publishers wait for whom."""
+        self.named: set[str] = set()
+        """Those of them that a notice has named."""
         self.stopping = False
         self.next_tick = 0.0
         self._watch_hub()
         gc.freeze()  # the template's objects are shared with every child
-        self._start_router()
+        self.link = Link(self)
 
     def run(self) -> None:
         """Supervise until the hub says close or is dead; then leave nothing behind."""
@@ -96,7 +90,8 @@ class Supervisor:
             self.next_tick = now + (LIMIT_TICK if limited else TICK)
             for ward in list(self.wards.values()):
                 self._look_at(ward, now)
-            self._flush_clients()
+            self._name_holders(now)
+            self.desk.flush()
             self._reap_strangers()
 
     def _look_at(self, ward: Ward, now: float) -> None:
@@ -109,7 +104,7 @@ class Supervisor:
             self._end(child, "start_timeout", [(0.0, signal.SIGABRT), (0.5, signal.SIGKILL)])
         if limits.timeout is not None and child.ready and child.ending is None:
             self._check_limit(child, limits.timeout, now)
-        if ward.name in self.held_names or ward.state == "FROZEN":
+        if ward.name in self.held or ward.state == "FROZEN":
             self._check_frozen(ward, child, now)
 
     def _check_limit(self, child: Child, timeout: float, now: float) -> None:
@@ -126,90 +121,41 @@ class Supervisor:
             child.frozen_since = None
             if ward.state == "FROZEN":
                 ward.state = "RUNNING"
-                self._tell_router("status", name=ward.name, status="RUNNING")
+                self.link.tell("status", name=ward.name, status="RUNNING")
             return
         child.frozen_since = child.frozen_since or now
         if now - child.frozen_since >= FROZEN_AFTER and ward.state == "RUNNING":
             ward.state = "FROZEN"
-            self._tell_router("status", name=ward.name, status="FROZEN")
+            self.link.tell("status", name=ward.name, status="FROZEN")
 
     # -- the router
 
-    def _start_router(self) -> None:
-        ours, theirs = socket.socketpair()
-        record = self.folder / "children" / "router"
-        data = self.data
-        # the router is forked with the control side closed; it begins with what the journal and the boards say
-        self.router_pid = fork.fork(
-            lambda: run_router(self.folder, self.address.token, data, theirs, self.charter.max_bytes),
-            record,
-            keep=(data.fileno(), theirs.fileno()),
-        )
-        theirs.close()
-        self.link = Stream(ours)
-        self.selector.register(ours, selectors.EVENT_READ, self._read_router)
-        self.router_pidfd = os.pidfd_open(self.router_pid)
-        self.selector.register(self.router_pidfd, selectors.EVENT_READ, self._reap_router)
-        self._brief_router()
+    def tell_of_the_dead(self, link: Link) -> None:
+        """Tell a new router of those whose events are not settled."""
+        for child in self.unsettled.values():
+            self._tell_started(link, child, live=True)
 
-    def _brief_router(self) -> None:
-        """Tell a new router who lives, who died unsettled, and what is still asked."""
-        assert self.link is not None
-        for child, call in self.unsettled.values():
-            self._tell_started(child, live=True)
-            self.link.send(frames.CALL, encode(call))
+    def tell_of_the_living(self, link: Link) -> None:
+        """Tell a new router who lives, and who does not."""
         for ward in self.wards.values():
             if ward.child is not None:
-                self._tell_started(ward.child, live=True)
+                self._tell_started(link, ward.child, live=True)
+                if ward.child.ending in ("stop", "restart"):
+                    link.tell("stop_worker", incarnation=ward.child.incarnation)
             if ward.state in ("FATAL", "PAUSED", "STOPPED"):
-                self._tell_router("status", name=ward.name, status=ward.state)
-        for call, _ in self.calls.values():
-            self.link.send(frames.CALL, encode(call))
+                link.tell("status", name=ward.name, status=ward.state)
 
-    def _reap_router(self) -> None:
-        self.selector.unregister(self.router_pidfd)
-        os.close(self.router_pidfd)
-        _, status = os.waitpid(self.router_pid, 0)
-        self._read_router()
-        assert self.link is not None
-        self._unregister(self.link)
-        if self.stopping:
-            return
-        now = time.monotonic()
-        self.router_deaths = [t for t in self.router_deaths if now - t < ROUTER_PERIOD] + [now]
-        self._tell_hub(
-            "notice",
-            kind="death",
-            subscriber=None,
-            message=f"the router (pid {self.router_pid}) ended with {fork.exit_word(status)}; its successor takes over",
-            details={},
-        )
-        if len(self.router_deaths) >= ROUTER_DEATHS:
-            self._tell_hub(
-                "failed",
-                message=f"the router died {ROUTER_DEATHS} times in {ROUTER_PERIOD:.0f} s, last with {fork.exit_word(status)}",
-            )
-            self._flush_clients()
-            self.stopping = True
-            return
-        self._start_router()
+    def _tell_started(self, link: Link, child: Child, *, live: bool) -> None:
+        link.tell("started", name=child.name, incarnation=child.incarnation, board=str(child.board.path), live=live)
 
-    def _read_router(self) -> None:
-        assert self.link is not None
-        for kind, header, _ in self.link.read() or ():
-            if kind == frames.ANSWER:
-                self._heard_answer(_answer.decode(header))
-            elif kind == frames.PUSH:
-                push = _push.decode(header)
-                getattr(self, f"heard_{push.what}")(**push.args)
-
-    def _heard_answer(self, answer: Answer) -> None:
-        waiting = self.calls.pop(answer.id, None)
-        if waiting is not None:
-            waiting[1](answer.result)
-        settled = self.settlements.pop(answer.id, None)
-        if settled is not None:
-            settled()
+    def heard(self, what: str, args: dict[str, Any]) -> None:
+        """Take what the router pushes."""
+        if what == "news":
+            self.desk.push("notice", **args)
+        elif what == "log":
+            self.desk.push("log", **args)
+        else:
+            getattr(self, f"heard_{what}")(**args)
 
     def heard_ready(self, incarnation: int) -> None:
         for ward in self.wards.values():
@@ -218,39 +164,31 @@ class Supervisor:
                 if ward.state == "STARTING":
                     self._set_state(ward, "RUNNING")
 
-    def heard_news(self, kind: str, subscriber: str | None, message: str, details: dict[str, Any]) -> None:
-        self._tell_hub("notice", kind=kind, subscriber=subscriber, message=message, details=details)
-
     def heard_held(self, patterns: list[str], names: list[str]) -> None:
-        self.held_names = names
-        if patterns:
-            who = ", ".join(names) or "the journal, which is full"
-            self._tell_hub(
-                "notice",
-                kind="held",
-                subscriber=names[0] if names else None,
-                message=f"publishers of {', '.join(patterns)} wait for {who}",
-                details={"patterns": patterns, "names": names},
-            )
+        """Publishers of these patterns wait: for these subscribers, or for a full journal."""
+        who = names or (["the journal, which is full"] if patterns else [])
+        now = time.monotonic()
+        self.held = {name: self.held.get(name, now) for name in who}
+        self.named &= set(who)
 
-    def heard_log(self, level: str, message: str) -> None:
-        self._tell_hub("log", level=level, message=message)
+    def _name_holders(self, now: float) -> None:
+        for name, since in self.held.items():
+            if now - since >= HELD_AFTER and name not in self.named:
+                self.named.add(name)
+                ward = self.wards.get(name)
+                keys = ", ".join(ward.spec.patterns) if ward else "all keys"
+                message = f"publishers of {keys} have waited {HELD_AFTER:.0f} s for {name}" + (": its inbox is full" if ward else "")
+                self.notice("held", name if ward else None, message)
 
-    def _ask_router(self, op: str, then: Callable[[Any], None], **args: object) -> Call:
-        """Call the router; the call is repeated to its successor if it dies before it has answered."""
-        self.numbers += 1
-        call = Call(self.numbers, op, args)
-        self.calls[call.id] = (call, then)
-        assert self.link is not None
-        self.link.send(frames.CALL, encode(call))
-        return call
+    def fail(self, message: str) -> None:
+        """End the hub: it cannot go on."""
+        self.desk.push("failed", message=message)
+        self.desk.flush()
+        self.stopping = True
 
-    def _tell_router(self, op: str, **args: object) -> None:
-        assert self.link is not None
-        self.link.send(frames.CALL, encode(Call(0, op, args)))
-
-    def _tell_started(self, child: Child, *, live: bool) -> None:
-        self._tell_router("started", name=child.name, incarnation=child.incarnation, board=str(child.board.path), live=live)
+    def notice(self, kind: str, subscriber: str | None, message: str, **details: object) -> None:
+        """Tell the hub something that its user should know."""
+        self.desk.push("notice", kind=kind, subscriber=subscriber, message=message, details=details)
 
     # -- subscribers
 
@@ -264,7 +202,7 @@ class Supervisor:
         logs = self.folder / "logs" / f"{incarnation:x}"
         spec, address = ward.spec, self.address
         child = Child(ward.name, incarnation, 0, -1, board, self.folder, {s: Tail(Path(f"{logs}.{s}")) for s in ("out", "err")})
-        self._tell_started(child, live=False)  # before the fork: the router must know whom it meets
+        self._tell_started(self.link, child, live=False)  # before the fork: the router must know whom it meets
 
         def run() -> int:
             fork.take_surroundings(spec.surroundings)
@@ -301,22 +239,14 @@ class Supervisor:
             "traceback": text, "rss": rss, "seconds": ward.spec.limits.timeout or 0.0,
         }  # fmt: skip
 
-        def settled() -> None:
+        def settled(_: object) -> None:
             del self.unsettled[child.incarnation]
             child.remove_files()
-            self._tell_router("settled", incarnation=child.incarnation)
+            self.link.tell("settled", incarnation=child.incarnation)
             self._say_farewells()
 
-        self.numbers += 1
-        call = Call(
-            self.numbers,
-            "died",
-            {"incarnation": child.incarnation, "charge": charge, "slot": child.overran, "cause": cause},
-        )
-        self.unsettled[child.incarnation] = (child, call)
-        self.settlements[call.id] = settled
-        assert self.link is not None
-        self.link.send(frames.CALL, encode(call))
+        self.unsettled[child.incarnation] = child
+        self.link.ask("died", settled, incarnation=child.incarnation, charge=charge, slot=child.overran, cause=cause)
 
     def _decide(self, ward: Ward, child: Child, exit_: str | int, *, finished: bool, by_itself: bool) -> None:
         if child.ending == "stop" or ward.leaving:
@@ -330,9 +260,8 @@ class Supervisor:
             }
             what = reason.get(child.ending or "", f"ended with {exit_}")
             text = ward.error[1] if not child.ready else child.last_words()[1]
-            self._tell_hub(
-                "notice", kind="death", subscriber=ward.name, message=f"process {child.pid} {what}",
-                details={"exit": exit_, "pid": child.pid, "traceback": text, "ready": child.ready},
+            self.notice(
+                "death", ward.name, f"process {child.pid} {what}", exit=exit_, pid=child.pid, traceback=text, ready=child.ready
             )  # fmt: skip
         if decision.state == "BACKOFF":
             ward.restarts += 1
@@ -343,20 +272,14 @@ class Supervisor:
 
     def _set_state(self, ward: Ward, state: str) -> None:
         ward.state = state
-        self._tell_router("status", name=ward.name, status=state)
+        self.link.tell("status", name=ward.name, status=state)
         error, text = ward.error
-        self._tell_hub(
-            "state",
-            name=ward.name,
-            state=state,
-            error=error if state == "FATAL" else b"",
-            traceback=text if state == "FATAL" else "",
-        )
+        if state != "FATAL":
+            error, text = b"", ""
+        self.desk.push("state", name=ward.name, state=state, error=error, traceback=text)
         if state == "FATAL":
-            self._tell_hub(
-                "notice", kind="FATAL", subscriber=ward.name, details={"traceback": text},
-                message=f"died {ward.counter.in_a_row} times in a row with no event finished: not started again until restart()",
-            )  # fmt: skip
+            deaths = f"died {ward.counter.in_a_row} times in a row with no event finished"
+            self.notice("FATAL", ward.name, f"{deaths}: not started again until restart()", traceback=text)
 
     def _end(self, child: Child, why: str, ladder: list[tuple[float, int]]) -> None:
         """Begin to end a process: (seconds from now, signal) after another."""
@@ -367,7 +290,7 @@ class Supervisor:
     def _ask_to_stop(self, child: Child, why: str) -> None:
         """The stop ladder: ask, SIGTERM, SIGKILL."""
         ask, term = self.charter.ask, self.charter.term
-        self._tell_router("stop_worker", incarnation=child.incarnation)
+        self.link.tell("stop_worker", incarnation=child.incarnation)
         self._end(child, why, [(ask, signal.SIGTERM), (ask + term, signal.SIGKILL)])
 
     def _signal(self, child: Child, number: int) -> None:
@@ -378,11 +301,11 @@ class Supervisor:
         for name, tail in child.outputs.items():
             lines = tail.lines(last=last)
             if lines:
-                self._tell_hub("output", subscriber=child.name, stream=name, lines=lines)
+                self.desk.push("output", subscriber=child.name, stream=name, lines=lines)
 
     def _reap_strangers(self) -> None:
-        """Reap orphans that came to us; kill those that no living subscriber can own."""
-        known = {self.router_pid, *(child.pid for child in self._children())}
+        """Reap orphans that came to us: what a handler's own children had started."""
+        known = {self.link.pid, *(child.pid for child in self._children())}
         while True:
             try:
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -407,49 +330,15 @@ class Supervisor:
     def _hub_died(self) -> None:
         self.stopping = True
 
-    def _accept(self) -> None:
-        sock, _ = self.control.accept()
-        if peer_uid(sock) != os.getuid():
-            sock.close()
-            return
-        stream = Stream(sock)
-        self.selector.register(sock, selectors.EVENT_READ, lambda: self._read_client(stream))
-
-    def _read_client(self, stream: Stream) -> None:
-        try:
-            found = stream.read()
-            for frame in found or ():
-                self._handle(stream, frame)
-        except (ProtocolError, msgspec.MsgspecError):
-            found = None
-        if found is None:
-            self.clients.discard(stream)
-            self._unregister(stream)
-
-    def _unregister(self, stream: Stream) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self.selector.unregister(stream.sock)
-        stream.close()
-
-    def _handle(self, stream: Stream, frame: Frame) -> None:
-        kind, header, _ = frame
-        if kind == frames.HELLO_CONTROL and header == self.address.token:
-            self.clients.add(stream)
-            return
-        if stream not in self.clients or kind != frames.CALL:
-            raise ProtocolError(f"kind {kind} from a stranger")
-        call = _call.decode(header)
-
-        def answer(result: object = None) -> None:
-            self._send(stream, frames.ANSWER, encode(Answer(call.id, result)))
-
+    def _serve(self, call: Call, reply: Reply) -> None:
+        """Do what a client asks, or let the router do it."""
         op: Callable[..., None] | None = getattr(self, f"do_{call.op}", None)
         if op is not None:
-            op(answer, **call.args)
+            op(reply, **call.args)
         else:
-            self._ask_router(call.op, answer, **call.args)
+            self.link.ask(call.op, reply, **call.args)
 
-    def do_subscribe(self, answer: Callable[..., None], spec: bytes) -> None:
+    def do_subscribe(self, answer: Reply, spec: bytes) -> None:
         """Commit a subscription, answer, then fork its process."""
         found = _spec.decode(spec)
 
@@ -458,9 +347,9 @@ class Supervisor:
             answer()
             self._start(ward)
 
-        self._ask_router("subscribe", committed, spec=spec)
+        self.link.ask("subscribe", committed, spec=spec)
 
-    def do_unsubscribe(self, answer: Callable[..., None], name: str) -> None:
+    def do_unsubscribe(self, answer: Reply, name: str) -> None:
         """End a subscriber's process and drop what still waits for it."""
         ward = self.wards[name]
         ward.leaving = True
@@ -468,11 +357,11 @@ class Supervisor:
 
         def when_dead() -> None:
             del self.wards[name]
-            self._ask_router("forget", answer, name=name, reason="unsubscribed")
+            self.link.ask("forget", answer, name=name, reason="unsubscribed")
 
         self._once_dead([ward], when_dead)
 
-    def do_restart(self, answer: Callable[..., None], name: str) -> None:
+    def do_restart(self, answer: Reply, name: str) -> None:
         """Start a subscriber's process anew; charged to nobody."""
         ward = self.wards[name]
         ward.counter.reset()
@@ -484,33 +373,33 @@ class Supervisor:
             self._set_state(ward, "BACKOFF")
         answer()
 
-    def do_states(self, answer: Callable[..., None]) -> None:
+    def do_states(self, answer: Reply) -> None:
         answer({name: {"state": w.state, "error": w.error[0], "traceback": w.error[1]} for name, w in self.wards.items()})
 
-    def do_statistics(self, answer: Callable[..., None]) -> None:
+    def do_statistics(self, answer: Reply) -> None:
         """Merge the router's counters with states, pids, cpu and rss."""
 
         def merge(result: dict[str, Any]) -> None:
             for name, counters in result["subscribers"].items():
                 ward = self.wards.get(name)
                 counters.update(ward.public() if ward else {"state": "STOPPED", "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0})
-            result["pids"] = {"supervisor": os.getpid(), "router": self.router_pid}
+            result["pids"] = {"supervisor": os.getpid(), "router": self.link.pid}
             answer(result)
 
-        self._ask_router("statistics", merge)
+        self.link.ask("statistics", merge)
 
-    def do_stop_subscribers(self, answer: Callable[..., None]) -> None:
+    def do_stop_subscribers(self, answer: Reply) -> None:
         """End all subscribers by the ladder; answer when they are settled."""
         self._once_dead(list(self.wards.values()), answer)
 
-    def do_close(self, answer: Callable[..., None]) -> None:
+    def do_close(self, answer: Reply) -> None:
         """End the hub."""
-        self._tell_router("close")
+        self.link.tell("close")
         answer()
-        self._flush_clients()
+        self.desk.flush()
         self.stopping = True
 
-    def _once_dead(self, wards: list[Ward], then: Callable[..., None]) -> None:
+    def _once_dead(self, wards: list[Ward], then: Reply) -> None:
         """Stop processes; call ``then`` when each is reaped and its events are settled."""
         for ward in wards:
             ward.start_at = None
@@ -525,55 +414,20 @@ class Supervisor:
     def _say_farewells(self) -> None:
         for wards, then in list(self.farewells):
             names = {ward.name for ward in wards}
-            if all(ward.child is None for ward in wards) and not any(c.name in names for c, _ in self.unsettled.values()):
+            if all(ward.child is None for ward in wards) and not any(c.name in names for c in self.unsettled.values()):
                 self.farewells.remove((wards, then))
                 then()
-
-    def _tell_hub(self, what: str, **args: object) -> None:
-        for stream in self.clients:
-            if what != "output" or len(stream.out) < LOG_BYTES:
-                self._send(stream, frames.PUSH, encode(Push(what, args)))
-
-    def _send(self, stream: Stream, kind: int, header: bytes) -> None:
-        stream.send(kind, header)
-
-    def _flush_clients(self) -> None:
-        for stream in self.clients:
-            stream.flush()
 
     # -- the end
 
     def _end_all(self) -> None:
         """Kill what lives, reap it, remove the folder."""
-        deadline = time.monotonic() + 1.0
-        while self.link is not None and self.link.out and time.monotonic() < deadline:
-            self.link.flush()
         if fork.is_same(self.charter.hub_pid, self.charter.hub_ticks):
-            self._let_router_close(deadline)
-        for pid in [*(child.pid for child in self._children()), self.router_pid]:
+            self.link.let_close(time.monotonic() + 1.0)
+        for pid in [*(child.pid for child in self._children()), self.link.pid]:
             fork.kill_session(pid)
-        self._kill_orphans()
+        fork.kill_children()  # what handlers started comes to us as its subreaper
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _let_router_close(self, deadline: float) -> None:
-        """Give the router a moment to say goodbye to publishers."""
-        while time.monotonic() < deadline:
-            if os.waitid(os.P_PID, self.router_pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                return
-            time.sleep(0.002)
-
-    def _kill_orphans(self) -> None:
-        """Kill and reap until no child is left: what handlers started comes to us as its subreaper."""
-        deadline = time.monotonic() + 1.5
-        while time.monotonic() < deadline:
-            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-            if not children:
-                return
-            for pid in map(int, children):
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
 
 
 def listen(address: str) -> socket.socket:
@@ -583,10 +437,3 @@ def listen(address: str) -> socket.socket:
     sock.listen(1024)
     sock.setblocking(False)
     return sock
-
-
-def run_router(folder: Path, token: bytes, listener: socket.socket, link: socket.socket, max_bytes: int) -> int:
-    """Be the router's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Router(folder, token, listener, link, max_bytes).run()
-    return 0

@@ -138,7 +138,9 @@ class Worker:
             got = line.receive()
             if got is not None and got[0] == frames.WELCOME:
                 self.line = line
-                return _welcome.decode(got[1])
+                welcome = _welcome.decode(got[1])
+                self._forget_confirmed(welcome.confirmed)
+                return welcome
             line.close()
             time.sleep(0.01)
 

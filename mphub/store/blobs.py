@@ -54,6 +54,69 @@ class Blobs:
         return [entry.name for entry in os.scandir(self.folder) if entry.name.startswith(prefix)]
 
 
+class References:
+    """Who still needs which blob: a file goes after the commit that ends the last reference to it."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self.blobs = blobs
+        self.bytes = 0
+        self._held: dict[str, tuple[int, int]] = {}
+        """name -> (references, bytes)."""
+        self._of_row: dict[int, str] = {}
+        self._ended: list[str] = []
+
+    def hold(self, name: str | None) -> None:
+        """Count one more reference, if there is a blob at all."""
+        if name is None:
+            return
+        count, size = self._held.get(name, (0, 0))
+        if not count:
+            size = self._size(name)
+            self.bytes += size
+        self._held[name] = (count + 1, size)
+
+    def hold_for(self, row: int, name: str | None) -> None:
+        """Count a reference that ends with ``release(row)``."""
+        if name is not None:
+            self._of_row[row] = name
+            self.hold(name)
+
+    def release(self, row: int) -> None:
+        self.drop(self._of_row.pop(row, None))
+
+    def drop(self, name: str | None) -> None:
+        """End one reference."""
+        if name is None:
+            return
+        count, size = self._held.pop(name, (1, 0))
+        if count > 1:
+            self._held[name] = (count - 1, size)
+        else:
+            self.bytes -= size
+            self._ended.append(name)
+
+    def end(self, name: str | None) -> None:
+        """Let a file that nothing refers to go with the next commit."""
+        if name is not None:
+            self._ended.append(name)
+
+    def end_of_writer(self, writer: int) -> None:
+        """Let go what a dead writer left and nothing refers to."""
+        self._ended.extend(name for name in self.blobs.of_writer(writer) if name not in self._held)
+
+    def sweep(self) -> None:
+        """Remove the files whose last reference has ended; to be called after the commit."""
+        for name in self._ended:
+            self.blobs.remove(name)
+        self._ended.clear()
+
+    def _size(self, name: str) -> int:
+        try:
+            return self.blobs.size(name)
+        except OSError:
+            return 0
+
+
 def checked(name: str) -> str:
     """Refuse a name that leaves the folder."""
     if "/" in name or name in (".", "..", ""):

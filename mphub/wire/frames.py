@@ -130,8 +130,9 @@ class HelloSubscriber(Wire, frozen=True):
 
 
 class Welcome(Wire, frozen=True):
-    """The router's answer to a subscriber's hello: its last snapshot, if it is to begin with one."""
+    """The router's answer to a subscriber's hello: the last frame that it has, and the snapshot to begin with."""
 
+    confirmed: int
     snapshot: bytes = b""
     blob: str | None = None
 

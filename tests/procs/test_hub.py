@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -444,3 +445,17 @@ def test_failures_are_seen_without_any_logging_set_up(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, timeout=30, env=environment, check=True)
     for words in ("ZeroDivisionError", "'k'", "attempt 1", "no subscriber for 'kay'", "0 handled, 1 dead, 1 unmatched"):
         assert words in done.stderr
+
+
+def test_whoever_holds_publishers_for_long_is_named(tmp_path: Path) -> None:
+    heard: list[mphub.Notice] = []
+    hub = EventHub()
+    hub.on_notice(heard.append)
+    hub.subscribe("k", time.sleep, name="slow", inbox=Inbox(maxsize=1))
+    with hub:
+        hub.publish("k", 5.5)
+        hub.publish("k", 0, confirm=True)
+        hub.publish("k", 0)
+        hub.drain(20)
+    held = [notice for notice in heard if notice.kind == "held"]
+    assert [(notice.subscriber, "waited 5 s" in notice.message) for notice in held] == [("slow", True)]

@@ -1,0 +1,90 @@
+"""Who is at the other end of the router's streams, and what may come from there."""
+
+from __future__ import annotations
+
+import psutil
+
+from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING, Held
+from mphub.procs.mailbox import Mailbox
+from mphub.store.board import Board
+from mphub.wire import frames
+from mphub.wire.frames import Batch, HelloPublisher, ProtocolError, join, split
+from mphub.wire.stream import Stream
+
+
+class PublisherPeer:
+    """A publisher at the other end of a stream."""
+
+    __slots__ = ("behind", "hello", "refused", "sequence", "stream", "told")
+
+    def __init__(self, stream: Stream, hello: HelloPublisher, sequence: int) -> None:
+        self.stream, self.hello, self.sequence = stream, hello, sequence
+        self.told = -1
+        self.refused: list[tuple[int, str, str]] = []
+        self.behind = False
+
+
+class Seat:
+    """An incarnation of a subscriber, as the supervisor announced it."""
+
+    __slots__ = ("board", "box", "incarnation", "ready", "stopping", "stream", "told", "unconfirmed")
+
+    def __init__(self, incarnation: int, box: Mailbox, board: Board) -> None:
+        self.incarnation, self.box, self.board = incarnation, box, board
+        self.stream: Stream | None = None
+        self.ready = False
+        self.stopping = False
+        self.unconfirmed = 0
+        self.told = 0
+
+
+def body_of(held: Held) -> bytes:
+    """Return the body of a delivery: the row's own, or the events cut out of it."""
+    row = held.portion.row
+    if row.batch.blob is not None:
+        return b""
+    if held.spans == [(0, row.count)]:
+        return row.body
+    events = split(row.body)
+    return join([event for a, b in held.spans for event in events[a:b]])
+
+
+def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:
+    """Refuse what no publisher of ours sends, before it reaches the journal.
+
+    Raises ProtocolError.
+    """
+    if batch.publisher != peer.hello.publisher or batch.sequence < 1 or not batch.runs:
+        raise ProtocolError("a batch in another publisher's name, or an empty one")
+    if any(not 1 <= len(key) <= 255 or count < 1 for key, count in batch.runs) or batch.count > frames.MAX_FRAME:
+        raise ProtocolError("a batch with keys that cannot be")
+    if batch.blob is None and count_of(body) != batch.count:
+        raise ProtocolError(f"a batch of {batch.count} events whose body has {count_of(body)}")
+
+
+def count_of(body: bytes) -> int:
+    """Read the length of a msgpack array without unpacking it."""
+    first = body[0] if body else 0
+    if first >> 4 == 0x9:
+        return first & 0x0F
+    if first == 0xDC:
+        return int.from_bytes(body[1:3], "big")
+    return int.from_bytes(body[1:5], "big") if first == 0xDD else -1
+
+
+def running_of(seat: Seat) -> int:
+    """Count what a process has started and not yet had committed."""
+    states = b"".join(seat.board.states(held.number, held.count) for held in seat.box.delivery.held)
+    return sum(states.count(state) for state in (RUNNING, HANDLED, DONE, FAILED))
+
+
+def unpack_ids(ids: list[bytes] | None) -> set[int] | None:
+    return None if ids is None else {int.from_bytes(i, "big") for i in ids}
+
+
+def is_alive(pid: int, started: float) -> bool:
+    """Say whether that very process lives (numbers are reused)."""
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 0.5
+    except psutil.Error:
+        return False

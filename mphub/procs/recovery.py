@@ -1,0 +1,97 @@
+"""What a router begins with: the exchange as the journal has it."""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mphub.core.delivery import length
+from mphub.procs.mailbox import Mailbox, single_portion
+from mphub.store.journal import Counters, Progress, Single, Stored, SubscriberState
+from mphub.wire.frames import decoder
+from mphub.wire.specs import Spec
+
+if TYPE_CHECKING:
+    from mphub.procs.exchange import Exchange
+
+_stored, _single, _progress = decoder(Stored), decoder(Single), decoder(Progress)
+_state, _spec = decoder(SubscriberState), decoder(Spec)
+
+
+def recover(exchange: Exchange) -> None:
+    """Load the books, and as much of each inbox as its window takes."""
+    found = exchange.journal.get("meta", b"counters")
+    if found is not None:
+        exchange.next_row, exchange.epoch, exchange.accepted, exchange.unmatched = msgspec.msgpack.decode(found)
+    for key, value in exchange.journal.scan("publishers"):
+        exchange.sequences[int.from_bytes(key, "big")] = msgspec.msgpack.decode(value)
+    for key, value in exchange.journal.scan("frames"):
+        exchange.frames[int.from_bytes(key, "big")] = msgspec.msgpack.decode(value)
+    for key, value in exchange.journal.scan("subscribers", b"d", b"e"):
+        load_box(exchange, _spec.decode(value), key[1:])
+    exchange.letters.load()
+    progress = {box.number: load_progress(exchange, box) for box in exchange.boxes.values()}
+    for key, value in exchange.journal.scan("rows"):
+        load_everywhere(exchange, int.from_bytes(key, "big"), _stored.decode(value), progress)
+    for box in exchange.boxes.values():
+        load_singles(exchange, box)
+
+
+def load_box(exchange: Exchange, spec: Spec, name: bytes) -> None:
+    value = exchange.journal.get("subscribers", b"s" + name)
+    state = _state.decode(value) if value is not None else SubscriberState(len(exchange.boxes) + 1, exchange.next_row, Counters())
+    box = Mailbox.make(spec, state, exchange.admitted)
+    exchange.boxes[spec.name] = box
+    for pattern in spec.patterns:
+        exchange.table.add(pattern, box)
+
+
+def load_progress(exchange: Exchange, box: Mailbox) -> dict[int, Progress]:
+    prefix, end = box.number.to_bytes(4, "big"), (box.number + 1).to_bytes(4, "big")
+    rows = {int.from_bytes(key[4:], "big"): _progress.decode(v) for key, v in exchange.journal.scan("progress", prefix, end)}
+    box.noted = set(rows)
+    return rows
+
+
+def load_everywhere(exchange: Exchange, number: int, stored: Stored, progress: dict[int, dict[int, Progress]]) -> None:
+    """Count a row's unfinished subscribers, and load it into the windows that have room."""
+    left = 0
+    exchange.references.hold_for(number, stored.batch.blob)
+    for box in exchange.boxes.values():
+        if box.number not in stored.matched or number < box.state.cursor:
+            continue
+        known = progress[box.number].get(number)
+        if known is not None and not known.todo:
+            heapq.heappush(box.open, number)
+            box.closed.add(number)
+            continue
+        left += 1
+        load_into(exchange, box, number, stored, progress[box.number])
+    if left:
+        exchange.left[number] = left
+    else:
+        exchange.journal.delete("rows", number.to_bytes(8, "big"))
+        exchange.references.release(number)
+
+
+def load_into(exchange: Exchange, box: Mailbox, number: int, stored: Stored, progress: dict[int, Progress]) -> None:
+    spans = progress[number].todo if number in progress else stored.matched[box.number]
+    box.bytes += (length(list(spans)) if spans is not None else stored.batch.count) * (stored.batch.size // stored.batch.count)
+    if box.tail is None and box.wants_more():
+        exchange.load_row(box, number, stored)
+    elif box.tail is None:
+        box.tail = number
+
+
+def load_singles(exchange: Exchange, box: Mailbox) -> None:
+    prefix, end = box.number.to_bytes(4, "big"), (box.number + 1).to_bytes(4, "big")
+    for key, value in exchange.journal.scan("singles", prefix, end):
+        number, single = int.from_bytes(key[4:], "big"), _single.decode(value)
+        box.bytes += single.batch.size
+        exchange.references.hold_for(number, single.batch.blob)
+        if single.due:
+            heapq.heappush(box.delayed, (single.due, number))
+        else:
+            box.load(single_portion(number, single))
