@@ -91,8 +91,11 @@ class Connection:
         self._line: Line | None = None
         self._thread: threading.Thread | None = None
         self._blobs = Blobs(f"{self.address.folder}/blobs", self.id)
-        self._number = 0
         self._sequence = 0
+        self._first = 1
+        self._events: list[bytes] = []
+        self._key: str | None = None
+        """That of the batch's last run."""
         self._clear_batch()
         self._mode: Mode = PLAIN
         self._unconfirmed: deque[tuple[int, bytes]] = deque()
@@ -136,14 +139,14 @@ class Connection:
         data = dumps(payload, 5) if type(payload) in SCALARS else codec.encode(payload)
         size = len(data)
         with self._lock:
-            keys, events = self._keys, self._events
-            if not keys or self._mode is not PLAIN or self._held or self._ended is not None or size >= BLOB_MIN:
+            events = self._events
+            if not events or self._mode is not PLAIN or self._held or self._ended is not None or size >= BLOB_MIN:
                 return EventId(self._base + self._add(check_key(str_of(key)), data, None, PLAIN))
-            if keys[-1] != key:  # else it has been checked
-                self._new_run(check_key(str_of(key)))
-            events.append(data)
+            if key != self._key:  # else it has been checked
+                self._begin_run(check_key(str_of(key)))
+            number = self._first + len(events)
             self._size += size
-            self._number = number = self._number + 1
+            events.append(data)
             if self._size >= BATCH_BYTES or len(events) >= MAX_EVENTS:
                 self._send_batch()
         return EventId(self._base + number)
@@ -172,10 +175,11 @@ class Connection:
         """Put one event into the batch, and send the batch when that is due; with the lock held."""
         if self._thread is None or self._mode != mode or self._ended is not None:
             self._ready(mode)
-        if self._held:
+        while self._held and self._is_held(key):
             self._wait_released(key)
+            self._ready(mode)  # the lock was free meanwhile: the batch may be another thread's
         size = len(data)
-        if self._events and (size >= BLOB_MIN or (reply is not None and self._keys[-1] != key)):
+        if self._events and (size >= BLOB_MIN or (reply is not None and self._key != key)):
             self._send()
         number = self._append(key, data, extra)
         if reply is not None:
@@ -188,27 +192,30 @@ class Connection:
         """Send the batch once not too many frames are unconfirmed."""
         while len(self._unconfirmed) >= MANY and self._ended is None:
             self._changed.wait()
+        if self._ended is not None:
+            raise self._ended
         self._send()
 
     def _append(self, key: str, data: bytes, extra: Extra | None) -> int:
-        if not self._keys or self._keys[-1] != key:
-            self._new_run(key)
+        """Put one event into the batch and return its number; an interrupt leaves it wholly inside or outside."""
+        if self._key != key:
+            self._begin_run(key)
+        place = len(self._events)
         if extra is not None:
-            self._extras[len(self._events)] = extra
-        self._events.append(data)
+            self._extras[place] = extra
         self._size += len(data)
-        self._number += 1
-        return self._number
+        self._events.append(data)
+        return self._first + place
 
-    def _new_run(self, key: str) -> None:
-        self._keys.append(key)
-        self._starts.append(len(self._events))
+    def _begin_run(self, key: str) -> None:
+        self._runs.append((key, len(self._events)))
+        self._key = key
         self._size += len(key) + 8
 
-    def _runs(self) -> list[tuple[str, int]]:
-        """Return the batch's runs of (key, count)."""
-        ends = [*self._starts[1:], len(self._events)]
-        return [(key, end - start) for key, start, end in zip(self._keys, self._starts, ends, strict=True)]
+    def _counts(self) -> list[tuple[str, int]]:
+        """Return the batch's runs as (key, count)."""
+        ends = [*(start for _, start in self._runs[1:]), len(self._events)]
+        return [(key, end - start) for (key, start), end in zip(self._runs, ends, strict=True) if end > start]
 
     def _ready(self, mode: Mode) -> None:
         if self._ended is not None:
@@ -228,31 +235,36 @@ class Connection:
         blob = None
         size = len(body)
         if size > BATCH_BYTES * 4 or (len(self._events) == 1 and size >= BLOB_MIN):
-            try:
-                blob, body = self._blobs.write(self._events[0] if len(self._events) == 1 else body), b""
-            except OSError as error:
-                self._clear_batch()
-                raise PayloadError(f"a payload of {size} bytes cannot be written to the hub's folder: {error}") from error
-        self._sequence += 1
+            blob, body = self._write_file(self._events[0] if len(self._events) == 1 else body), b""
+        sequence = self._sequence + 1
         header = encode(
             Batch(
-                self.id, self._sequence, self._number - len(self._events) + 1, self._runs(), time.time(),
-                epoch, target, reply, strict, blob, size, self._extras or None,
+                self.id, sequence, self._first, self._counts(), time.time(), epoch, target, reply, strict, blob, size,
+                self._extras or None,
             )
         )  # fmt: skip
-        self._clear_batch()
         data = frames.frame(frames.BATCH, header, body)
         if len(data) > frames.MAX_FRAME:
-            spilled = frames.Spilled(frames.BATCH, len(header), self._blobs.write(header + body))
+            spilled = frames.Spilled(frames.BATCH, len(header), self._write_file(header + body))
             data = frames.frame(frames.SPILLED, encode(spilled))
-        self._unconfirmed.append((self._sequence, data))
+        self._sequence = sequence
+        self._clear_batch()  # and nothing before the next line, so that an interrupt finds the batch in one place
+        self._unconfirmed.append((sequence, data))
         self._write(data)
-        return self._sequence
+        return sequence
+
+    def _write_file(self, data: bytes) -> str:
+        try:
+            return self._blobs.write(data)
+        except OSError as error:
+            self._clear_batch()
+            raise PayloadError(f"a payload of {len(data)} bytes cannot be written to the hub's folder: {error}") from error
 
     def _clear_batch(self) -> None:
-        self._keys: list[str] = []
-        self._starts: list[int] = []
-        self._events: list[bytes] = []
+        self._first += len(self._events)
+        self._events = []
+        self._runs: list[tuple[str, int]] = []
+        self._key = None
         self._extras: dict[int, Extra] = {}
         self._size = 0
 
@@ -273,8 +285,6 @@ class Connection:
         while self._ended is None and self._is_held(key):
             self._send()
             self._changed.wait()
-        if self._ended is not None:
-            raise self._ended
 
     # -- waiting
 

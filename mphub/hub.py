@@ -89,7 +89,7 @@ class EventHub:
                 "EventHub(propagate): got True with engine='process'; only the inline engine can raise a handler's exception from publish"
             )
         parent, self._is_small = boot.runtime_parent()
-        self.name = name if name is not None else f"{os.path.basename(sys.argv[0] or 'python')}-{getpid()}"
+        self.name = name if name is not None else default_name()
         self._kind, self._check, self._stop, self._unmatched = engine, check, stop, unmatched
         self._max_bytes = parse_share(max_bytes, boot.capacity(parent))
         self._propagate = engine == "inline" if propagate is None else propagate
@@ -619,3 +619,9 @@ def _leave_the_short_way() -> None:
 
 _hubs: weakref.WeakSet[EventHub] = weakref.WeakSet()
 os.register_at_fork(after_in_child=_leave_the_short_way)
+
+
+def default_name() -> str:
+    """Name a hub after its script and process."""
+    script = os.path.basename(sys.argv[0] if sys.argv else "")
+    return f"{script if script not in ('', '-', '-c') else 'python'}-{getpid()}"

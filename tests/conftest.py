@@ -88,18 +88,24 @@ def _ours(pids: frozenset[int]) -> Iterator[int]:
 
 
 def _bears_our_mark(pid: int) -> bool:
-    """Tell whether a process, hub or not, carries this run's mark, or is a hub's and carries none at all."""
     try:
-        process = psutil.Process(pid)
-        mark = process.environ().get(MARK)
-        return mark == RUN or (mark is None and any("mphub.procs.boot" in word for word in process.cmdline()))
+        return psutil.Process(pid).environ().get(MARK) == RUN
     except psutil.Error:  # gone meanwhile, or another user's
+        return False
+
+
+def _is_anothers(folder: Path) -> bool:
+    """Tell whether a runtime folder belongs to a hub that lives and was not started by this run."""
+    try:
+        router = int((folder / "children" / "router").read_text().split()[0])
+        return psutil.pid_exists(router) and not _bears_our_mark(router)
+    except (OSError, ValueError, IndexError):
         return False
 
 
 def _folders() -> Iterator[Path]:
     for parent in {Path("/dev/shm"), Path(tempfile.gettempdir())}:
-        yield from parent.glob(f"mphub-{os.getuid()}-*")
+        yield from (folder for folder in parent.glob(f"mphub-{os.getuid()}-*") if not _is_anothers(folder))
 
 
 def _descriptors() -> Iterator[tuple[int, str]]:

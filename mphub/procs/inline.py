@@ -225,7 +225,7 @@ class Inline:
         if last and self.propagate and not row.batch.reply and self._raise is None:
             self._raise = error
             self.exchange.told = True
-        return Failure(number, reason, codec.encode_error(error), codec.traceback_text(error, __file__), retry, delay)
+        return Failure(number, reason, codec.encode_error(error), codec.traceback_text(error), retry, delay)
 
     # -- what a handler may ask (Context)
 

@@ -260,6 +260,7 @@ class Supervisor:
             }
             what = reason.get(child.ending or "", f"ended with {exit_}")
             text = ward.error[1] if not child.ready else child.last_words()[1]
+            text, ward.told = (text, text) if text != ward.told else ("", text)  # once is enough of one that dies at every start
             self.notice(
                 "death", ward.name, f"process {child.pid} {what}", exit=exit_, pid=child.pid, traceback=text, ready=child.ready
             )  # fmt: skip
@@ -279,7 +280,7 @@ class Supervisor:
         self.desk.push("state", name=ward.name, state=state, error=error, traceback=text)
         if state == "FATAL":
             deaths = f"died {ward.counter.in_a_row} times in a row with no event finished"
-            self.notice("FATAL", ward.name, f"{deaths}: not started again until restart()", traceback=text)
+            self.notice("FATAL", ward.name, f"{deaths}: not started again until restart()")
 
     def _end(self, child: Child, why: str, ladder: list[tuple[float, int]]) -> None:
         """Begin to end a process: (seconds from now, signal) after another."""

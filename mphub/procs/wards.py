@@ -134,6 +134,8 @@ class Ward:
     start_at: float | None = None
     error: tuple[bytes, str] = (b"", "")
     """What the last failed start left."""
+    told: str = ""
+    """The traceback in the last notice of a death."""
     leaving: bool = False
 
     @property

@@ -316,7 +316,7 @@ class Worker:
         self.board.map[Board.base + number % SLOTS] = FAILED
         retry, delay = handlers.retry_after(self.work, error, self._attempt(number))
         reason = {Reject: "rejected", RetryLater: "later"}.get(type(error), "exception")
-        text = codec.traceback_text(error, __file__)[-TRACEBACK_CHARS:]
+        text = codec.traceback_text(error)[-TRACEBACK_CHARS:]
         self.failures.append(Failure(number, reason, codec.encode_error(error), text, retry, delay))
         self.upto = number + 1
         if retry and delay <= 0:
@@ -404,7 +404,7 @@ def run_worker(address: Address, spec: Spec, incarnation: int, board: Path, cras
         except Stopped:
             return 128 + signal.SIGTERM
         except BaseException as error:
-            file.write(encode((codec.encode_error(error), codec.traceback_text(error, __file__))))
+            file.write(encode((codec.encode_error(error), codec.traceback_text(error))))
             return 1
         finally:
             faulthandler.disable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import traceback
@@ -10,6 +11,7 @@ from types import ModuleType
 from mphub.errors import PayloadError, RemoteError
 
 loads = pickle.loads
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 def encode(payload: object, what: str = "payload") -> bytes:
@@ -49,10 +51,10 @@ def encode_error(error: BaseException) -> bytes:
     return data
 
 
-def traceback_text(error: BaseException, skip_below: str = "") -> str:
-    """Format a traceback without the frames of the file ``skip_below``."""
+def traceback_text(error: BaseException) -> str:
+    """Format a traceback from the first frame that is not ours on."""
     trace = error.__traceback__
-    while trace is not None and skip_below and trace.tb_frame.f_code.co_filename == skip_below:
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(PACKAGE):
         trace = trace.tb_next
     return "".join(traceback.format_exception(type(error), error, trace))
 

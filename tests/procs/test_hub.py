@@ -459,3 +459,25 @@ def test_whoever_holds_publishers_for_long_is_named(tmp_path: Path) -> None:
         hub.drain(20)
     held = [notice for notice in heard if notice.kind == "held"]
     assert [(notice.subscriber, "waited 5 s" in notice.message) for notice in held] == [("slow", True)]
+
+
+class Unready(Subscriber[int, None]):
+    """Cannot start."""
+
+    def setup(self) -> None:
+        raise RuntimeError("no such model")
+
+    def handle(self, payload: int) -> None:
+        raise AssertionError("never ready")
+
+
+def test_a_start_that_fails_again_and_again_is_explained_once(caplog: pytest.LogCaptureFixture) -> None:
+    hub = EventHub()
+    hub.subscribe("k", Unready, restart=Restart(delay=0, max_restarts=3))
+    with pytest.raises(mphub.StartFailed) as caught:
+        hub.start()
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    told = [record.getMessage() for record in caplog.records if record.name == "mphub.subscriber.Unready"]
+    assert len(told) == 5, "four deaths and FATAL"
+    assert ["no such model" in text for text in told] == [True, False, False, False, False]
+    assert "mphub/procs" not in told[0], "the traceback is the user's"
