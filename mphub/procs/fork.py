@@ -13,6 +13,7 @@ import time
 import types
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from mphub.wire.specs import Surroundings
 
@@ -57,10 +58,16 @@ def _settle_in(parent: int, record: Path, keep: Collection[int], out: Path | Non
     record.write_text(f"{os.getpid()} {start_ticks(os.getpid())}")
     _close_others({0, 1, 2, *keep})
     if out is not None:
-        for number, suffix in ((1, ".out"), (2, ".err")):
-            file = os.open(f"{out}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            os.dup2(file, number)
-            os.close(file)
+        sys.stdout = _redirect(1, f"{out}.out")
+        sys.stderr = _redirect(2, f"{out}.err")
+
+
+def _redirect(number: int, path: str) -> TextIO:
+    """Let a standard stream go to a file, line by line, so that a death takes no line with it."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(file, number)
+    os.close(file)
+    return open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def _close_others(keep: set[int]) -> None:

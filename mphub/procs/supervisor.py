@@ -374,6 +374,16 @@ class Supervisor:
             self._set_state(ward, "BACKOFF")
         answer()
 
+    def do_drain(self, answer: Reply) -> None:
+        """Let the router say when all is done; what handlers printed until then comes first."""
+
+        def drained(result: object) -> None:
+            for child in self._children():
+                self._tell_output(child)
+            answer(result)
+
+        self.link.ask("drain", drained)
+
     def do_states(self, answer: Reply) -> None:
         answer({name: {"state": w.state, "error": w.error[0], "traceback": w.error[1]} for name, w in self.wards.items()})
 

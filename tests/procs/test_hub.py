@@ -481,3 +481,21 @@ def test_a_start_that_fails_again_and_again_is_explained_once(caplog: pytest.Log
     assert len(told) == 5, "four deaths and FATAL"
     assert ["no such model" in text for text in told] == [True, False, False, False, False]
     assert "mphub/procs" not in told[0], "the traceback is the user's"
+
+
+def test_what_a_handler_prints_is_seen_when_drain_returns_and_outlives_a_kill(capfd: pytest.CaptureFixture[str]) -> None:
+    hub = EventHub(check=False)
+
+    def talk(n: int) -> None:
+        print("said", n)
+        if n == 2:
+            os.kill(os.getpid(), 9)
+
+    hub.subscribe("k", talk, retry=Retry(max_attempts=1))
+    with hub:
+        hub.publish("k", 1)
+        hub.drain()
+        assert capfd.readouterr().out == "said 1\n"
+        hub.publish("k", 2)
+        hub.drain()
+        assert capfd.readouterr().out == "said 2\n"
