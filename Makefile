@@ -37,7 +37,6 @@ lint: venv
 
 types: venv
 	$(BIN)/mypy
-	$(if $(wildcard tests/typing),$(BIN)/python -m pytest tests/typing)
 
 bench: venv
 	$(BIN)/python scripts/bench.py

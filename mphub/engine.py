@@ -14,7 +14,7 @@ import msgspec
 
 from mphub.connection import Address, connection_to, drop_connection
 from mphub.errors import DrainTimeout, HubError, RemoteTraceback, SubscriberFatal, SubscriberPaused, load_error
-from mphub.events import DeadLetter, EventId, Progress
+from mphub.events import DeadLetter, EventId, Progress, Topic
 from mphub.observe.console import Console
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics, percentiles
 from mphub.options import Stop
@@ -37,7 +37,7 @@ _dead = decoder(Dead)
 class Engine(Protocol):
     """What the hub object asks."""
 
-    publish_plain: Callable[[str, object], EventId] | None
+    publish_plain: Callable[[str | Topic[Any], object], EventId] | None
 
     def subscribe(self, spec: Spec) -> None: ...
     def unsubscribe(self, name: str, *, drain: bool) -> None: ...
@@ -64,7 +64,7 @@ class ProcessEngine:
         boot.sweep(Path(address.folder).parent)
         self.client = Client(address, max_bytes, stop.ask, stop.term, console.hear)
         self.connection = connection_to(address)
-        self.publish_plain: Callable[[str, object], EventId] | None = self.connection.publish_plain
+        self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = self.connection.publish_plain
         self.blobs = Blobs(f"{address.folder}/blobs", int.from_bytes(address.token[:8], "big"))
 
     def subscribe(self, spec: Spec) -> None:
@@ -169,7 +169,7 @@ class InlineEngine:
     def __init__(self, max_bytes: int, console: Console, *, propagate: bool) -> None:
         self.inline = Inline(max_bytes, propagate=propagate)
         self.console = console
-        self.publish_plain: Callable[[str, object], EventId] | None = None
+        self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = None
 
     def subscribe(self, spec: Spec) -> None:
         self.inline.subscribe(spec)

@@ -11,10 +11,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from os import getpid
 from types import FrameType, TracebackType
-from typing import Any, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from mphub.connection import Address, connection_to
 from mphub.core.keys import check_key, matches, nearest
@@ -40,10 +40,16 @@ from mphub.subscriber import Subscriber, holder, inside, is_importing
 from mphub.subscribing import Handler, SubscribeOptions, make_spec, refuse_unavailable
 from mphub.subscription import Subscription
 
-T = TypeVar("T")
-R = TypeVar("R")
+if TYPE_CHECKING:  # a lambda says nothing of its payload: then it is Any
+    from typing_extensions import TypeVar as DefaultTypeVar
+
+    T = DefaultTypeVar("T", default=Any)
+    R = DefaultTypeVar("R", default=Any)
+else:
+    T, R = TypeVar("T"), TypeVar("R")
 F = TypeVar("F", bound=Callable[..., object] | type[Subscriber[Any, Any]])
-Keys = str | Topic[Any] | Sequence[str | Topic[Any]]
+Names = str | Sequence[str | Topic[Any]]
+"""Keys that say nothing of their payloads' type together."""
 
 
 class EventHub:
@@ -102,7 +108,7 @@ class EventHub:
         self._given_up = 0
         self._lock = threading.RLock()
         self._pid: int | None = getpid()
-        self._here: Callable[[str, object], EventId] | None = None
+        self._here: Callable[[str | Topic[Any], object], EventId] | None = None
         """The short way to publish, while this process is the running hub's."""
         _hubs.add(self)
 
@@ -267,14 +273,22 @@ class EventHub:
 
     @overload
     def subscribe(
+        self, keys: Topic[T], handler: Callable[[T], Coroutine[Any, Any, R]], **options: Unpack[SubscribeOptions]
+    ) -> Subscription[T, R]: ...
+    @overload
+    def subscribe(
         self, keys: Topic[T], handler: Callable[[T], R] | type[Subscriber[T, R]] | Subscriber[T, R], **options: Unpack[SubscribeOptions]
     ) -> Subscription[T, R]: ...
     @overload
     def subscribe(
-        self, keys: Keys, handler: Callable[[T], R] | type[Subscriber[T, R]] | Subscriber[T, R], **options: Unpack[SubscribeOptions]
+        self, keys: Names, handler: Callable[[T], Coroutine[Any, Any, R]], **options: Unpack[SubscribeOptions]
     ) -> Subscription[T, R]: ...
     @overload
-    def subscribe(self, keys: Keys, handler: str, **options: Unpack[SubscribeOptions]) -> Subscription[Any, Any]: ...
+    def subscribe(
+        self, keys: Names, handler: Callable[[T], R] | type[Subscriber[T, R]] | Subscriber[T, R], **options: Unpack[SubscribeOptions]
+    ) -> Subscription[T, R]: ...
+    @overload
+    def subscribe(self, keys: Names | Topic[Any], handler: str, **options: Unpack[SubscribeOptions]) -> Subscription[Any, Any]: ...
     def subscribe(
         self,
         keys: Any,
@@ -320,7 +334,7 @@ class EventHub:
                     raise
         return subscription
 
-    def subscriber(self, keys: Keys, **options: Unpack[SubscribeOptions]) -> Callable[[F], F]:
+    def subscriber(self, keys: Names | Topic[Any], **options: Unpack[SubscribeOptions]) -> Callable[[F], F]:
         """Subscribe the decorated function or class, which stays what it is."""
 
         def decorate(handler: F) -> F:
@@ -375,36 +389,8 @@ class EventHub:
 
     # -- publishing
 
-    @overload
     def publish(
-        self,
-        key: Topic[T],
-        payload: T,
-        *,
-        ordering_key: str | None = None,
-        headers: dict[str, str] | None = None,
-        now: bool = False,
-        confirm: bool = False,
-        priority: int = 0,
-        delay: float = 0.0,
-        expires: float | None = None,
-    ) -> EventId: ...
-    @overload
-    def publish(
-        self,
-        key: str,
-        payload: object,
-        *,
-        ordering_key: str | None = None,
-        headers: dict[str, str] | None = None,
-        now: bool = False,
-        confirm: bool = False,
-        priority: int = 0,
-        delay: float = 0.0,
-        expires: float | None = None,
-    ) -> EventId: ...
-    def publish(
-        self, key: Any, payload: Any, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False,
+        self, key: str | Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False,
         confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None,
     ) -> EventId:  # fmt: skip
         """Publish one event; pipelined unless ``confirm``. Inside a handler it is committed with the ack (``now=True``: at once).
@@ -433,9 +419,10 @@ class EventHub:
 
     def publish_batch(self, key: str | Topic[T], payloads: Iterable[T]) -> int:
         """Publish the payloads of an iterable one after the other, with bounded memory; return how many."""
+        publish = self._here if self._here is not None and holder.context is None else self.publish
         count = 0
         for payload in payloads:
-            self.publish(str_of(key), payload)
+            publish(key, payload)
             count += 1
         return count
 
@@ -496,7 +483,7 @@ class EventHub:
 
     # -- asking
 
-    def request(self, key: str | Topic[Any], payload: object, *, to: str | None = None, expires: float | None = None) -> Reply[Any]:
+    def request(self, key: str | Topic[T], payload: T, *, to: str | None = None, expires: float | None = None) -> Reply[Any]:
         """Ask the one subscriber of a key that answers (``to=`` names one of several).
 
         Raises NoSubscriber, AmbiguousKey. The reply ends with the handler's result or with why there is none.
@@ -524,7 +511,7 @@ class EventHub:
         near = nearest(key, [pattern for s in self._subscriptions.values() for pattern in s.keys])
         raise NoSubscriber(f"no subscriber answers {key!r}" + (f" (nearest pattern: {near!r})" if near else ""))
 
-    def map(self, key: str | Topic[Any], payloads: Iterable[object], *, to: str | None = None) -> Results[Any]:
+    def map(self, key: str | Topic[T], payloads: Iterable[T], *, to: str | None = None) -> Results[Any]:
         """Ask for each payload, a bounded number ahead; results in the order of the payloads."""
         name = check_key(str_of(key))
         return Results(lambda payload: self._request(name, payload, to), payloads)

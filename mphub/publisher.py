@@ -7,7 +7,7 @@ import multiprocessing.queues
 import queue as stdlib_queue
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from mphub.connection import Address, Connection, connection_to
 from mphub.core.keys import check_key
@@ -33,30 +33,10 @@ class Publisher:
     def _connection(self) -> Connection:
         return connection_to(self._address)
 
-    @overload
-    def publish(
-        self,
-        key: Topic[T],
-        payload: T,
-        *,
-        ordering_key: str | None = None,
-        headers: dict[str, str] | None = None,
-        confirm: bool = False,
-    ) -> EventId: ...
-    @overload
-    def publish(
-        self,
-        key: str,
-        payload: object,
-        *,
-        ordering_key: str | None = None,
-        headers: dict[str, str] | None = None,
-        confirm: bool = False,
-    ) -> EventId: ...
     def publish(
         self,
         key: str | Topic[T],
-        payload: object,
+        payload: T,
         *,
         ordering_key: str | None = None,
         headers: dict[str, str] | None = None,
@@ -70,15 +50,15 @@ class Publisher:
             check_key(str_of(key)), payload, ordering_key=ordering_key, headers=check_headers(headers), confirm=confirm
         )
 
-    def publish_batch(self, key: str | Topic[T], payloads: Iterable[object]) -> int:
+    def publish_batch(self, key: str | Topic[T], payloads: Iterable[T]) -> int:
         """Send the payloads of an iterable one after the other, with bounded memory; return how many."""
-        count, name, connection = 0, check_key(str_of(key)), self._connection
+        count, name, publish = 0, check_key(str_of(key)), self._connection.publish_plain
         for payload in payloads:
-            connection.publish(name, payload)
+            publish(name, payload)
             count += 1
         return count
 
-    async def publish_async(self, key: str | Topic[T], payload: object, *, confirm: bool = False) -> EventId:
+    async def publish_async(self, key: str | Topic[T], payload: T, *, confirm: bool = False) -> EventId:
         """Send one event without blocking the running loop."""
         return await asyncio.to_thread(self.publish, str_of(key), payload, confirm=confirm)
 
@@ -86,7 +66,7 @@ class Publisher:
         """Collect events that are journaled together on leaving the ``with`` block, or not at all."""
         return Transaction(self)
 
-    def request(self, key: str | Topic[T], payload: object, *, to: str | None = None) -> Reply[object]:
+    def request(self, key: str | Topic[T], payload: T, *, to: str | None = None) -> Reply[object]:
         """Ask the one subscriber of a key that answers (or the one named by ``to``)."""
         return self._connection.request(check_key(str_of(key)), payload, to)
 
@@ -118,7 +98,7 @@ class Transaction:
     def publish(
         self,
         key: str | Topic[T],
-        payload: object,
+        payload: T,
         *,
         ordering_key: str | None = None,
         headers: dict[str, str] | None = None,
