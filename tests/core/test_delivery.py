@@ -1,0 +1,273 @@
+"""Delivery against a model: whatever happens in whatever order, each event ends once, in order, and nobody else pays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from mphub.core.credit import Credit
+from mphub.core.delivery import (
+    DONE,
+    FAILED,
+    HANDLED,
+    RUNNING,
+    WAITING,
+    Delivery,
+    Portion,
+    Spans,
+    contains,
+    indexes,
+    length,
+    spans_of,
+    subtract,
+)
+
+SETS = st.sets(st.integers(0, 40))
+MAX_ATTEMPTS = 3
+SLOTS = 32
+
+
+@given(SETS, SETS)
+def test_spans_are_sets(some: set[int], others: set[int]) -> None:
+    left = subtract(spans_of(sorted(some)), spans_of(sorted(others)))
+    assert list(indexes(left)) == sorted(some - others)
+    assert length(left) == len(some - others)
+    assert all(contains(left, i) == (i in some - others) for i in range(41))
+    assert all(a < b for a, b in left)
+    assert all(before < after for (_, before), (after, _) in pairwise(left)), "joined as far as can be"
+
+
+Name = tuple[int, int]
+"""(row, index) of an event."""
+
+
+@dataclass
+class Sent:
+    """A frame on its way to the process, or in it."""
+
+    number: int
+    count: int
+    index: int
+    spans: Spans
+    portion: Portion
+    generation: int
+    attempts: dict[int, int]
+
+    def places(self) -> list[tuple[int, int]]:
+        """Return (delivery number, index) of its events."""
+        return [(self.number + i - self.index, i) for i in indexes(self.spans)]
+
+
+@dataclass
+class Process:
+    """What a subscriber's process knows."""
+
+    inbox: list[Sent] = field(default_factory=list)
+    states: dict[int, int] = field(default_factory=dict)
+    ranges: list[tuple[int, int, int, int]] = field(default_factory=list)
+    expects: int = 0
+    generation: int = 0
+
+
+class Subscriber(RuleBasedStateMachine):
+    """Router, process and journal as far as one subscriber goes; the rules are what may happen next."""
+
+    @initialize(credit=st.integers(1, 24))
+    def begin(self, credit: int) -> None:
+        self.credit = credit
+        self.delivery = self.new_delivery()
+        self.portions: list[Portion] = []
+        self.process = Process()
+        self.finished: list[Name] = []
+        self.dead: list[Name] = []
+        self.started: list[Name] = []
+
+    def new_delivery(self) -> Delivery:
+        credit = Credit(self.credit, least=self.credit)
+        return Delivery(MAX_ATTEMPTS, credit, SLOTS)
+
+    # -- the router's side
+
+    @rule(count=st.integers(1, 12), gone=SETS)
+    def publish(self, count: int, gone: set[int]) -> None:
+        row: Any = SimpleNamespace(id=len(self.portions))
+        todo = spans_of(i for i in range(count) if i not in gone)
+        if todo:
+            portion = Portion(row, todo, 10)
+            self.portions.append(portion)
+            self.delivery.add(portion)
+
+    @rule()
+    def hand_out(self) -> None:
+        before = bool(self.delivery.held)
+        held = self.delivery.take()
+        if held is None:
+            return
+        attempts = {i: held.portion.attempts[i] for i in indexes(held.spans) if i in held.portion.attempts}
+        assert not attempts or (length(held.spans) == 1 and not before), "what runs again runs alone"
+        for number in range(held.number, held.number + held.count):
+            self.process.states[number] = WAITING
+        self.process.ranges.append((held.number, held.count, held.portion.row.id, held.index))
+        self.process.inbox.append(Sent(held.number, held.count, held.index, held.spans, held.portion, self.delivery.generation, attempts))
+
+    def settle(self, portion: Portion, spans: Spans) -> None:
+        self.finished += [(portion.row.id, i) for i in indexes(spans)]
+        portion.finish(spans)
+
+    def bury(self, portion: Portion, index: int) -> None:
+        self.dead.append((portion.row.id, index))
+        portion.finish([(index, index + 1)])
+
+    # -- the process's side
+
+    def next_frame(self) -> Sent | None:
+        """Receive: a frame that was sent before everything was given back is void."""
+        while self.process.inbox:
+            sent = self.process.inbox.pop(0)
+            self.process.expects = sent.number + sent.count
+            if sent.generation >= self.process.generation:
+                self.process.generation = sent.generation
+                return sent
+        return None
+
+    def start(self, sent: Sent, number: int, index: int) -> None:
+        assert self.process.states[number] == WAITING, "started twice"
+        self.process.states[number] = RUNNING
+        name = (sent.portion.row.id, index)
+        assert name not in self.finished and name not in self.dead, "it had ended"
+        if name not in self.started:
+            self.started.append(name)
+
+    @rule(failing=SETS, later=st.booleans())
+    def work(self, failing: set[int], later: bool) -> None:
+        """Handle a frame; an event that fails is retried at once, or given up for now (``later``: a row of its own)."""
+        sent = self.next_frame()
+        if sent is None:
+            return
+        failures: list[tuple[int, int]] = []
+        for number, index in sent.places():
+            self.start(sent, number, index)
+            if index not in failing:
+                self.process.states[number] = DONE
+                continue
+            self.process.states[number] = FAILED
+            failures.append((number, index))
+            if not later:
+                self.report(number + 1, failures, returned=True)
+                return
+        self.report(sent.number + sent.count, failures, returned=False)
+
+    def report(self, upto: int, failures: list[tuple[int, int]], *, returned: bool) -> None:
+        delivery = self.delivery
+        failed = {number: found for number, _ in failures if (found := delivery.find(number)) is not None}
+        assert len(failed) == len(failures)
+        if returned:
+            self.process.generation += 1
+        for portion, spans in delivery.report(upto, failed, returned=returned):
+            self.settle(portion, spans)
+        for number, _ in reversed(failures):
+            portion, index = failed[number]
+            attempt = portion.attempts.get(index, 1)
+            if not returned or attempt >= MAX_ATTEMPTS:
+                self.bury(portion, index)
+            else:
+                delivery.again(portion, index, attempt + 1)
+
+    # -- deaths
+
+    @rule(runs=st.integers(0, 12), handled=st.booleans(), blamed=st.booleans())
+    def die(self, runs: int, handled: bool, blamed: bool) -> None:
+        """Die in the middle of a frame: ``runs`` events were through, the next one ran."""
+        sent = self.next_frame()
+        running: Name | None = None
+        attempt = 1
+        for place, (number, index) in enumerate(sent.places() if sent else []):
+            assert sent is not None
+            self.start(sent, number, index)
+            if place == runs:
+                running, attempt = (sent.portion.row.id, index), sent.portion.attempts.get(index, 1)
+                break
+            self.process.states[number] = HANDLED if handled else DONE
+        before = {(p.row.id, i): n for p in self.portions for i, n in p.attempts.items()}
+        verdict = self.delivery.died(lambda number, count: bytes(self.process.states[number + i] for i in range(count)), lambda _: blamed)
+        for portion, spans in verdict.finished:
+            self.settle(portion, spans)
+        for portion, index, attempts in verdict.dead:
+            assert (portion.row.id, index) == running and blamed and attempts == attempt == MAX_ATTEMPTS
+            self.bury(portion, index)
+        after = {(p.row.id, i): n for p in self.portions for i, n in p.attempts.items()}
+        charged = {name for name in after if after[name] != before.get(name)}
+        assert charged == ({running} if running and blamed and attempt < MAX_ATTEMPTS else set()), "only what ran is charged"
+        self.process = Process(expects=self.delivery.number, generation=self.delivery.generation)
+
+    @rule(lost=st.integers(0, 3))
+    def router_dies(self, lost: int) -> None:
+        """A new router knows the journal and the board; frames that had not arrived are lost with the old one."""
+        process = self.process
+        for _ in range(min(lost, len(process.inbox))):
+            process.inbox.pop()
+        process.expects = max([process.expects, *(s.number + s.count for s in process.inbox)])
+        self.delivery = self.new_delivery()
+        for portion in self.portions:
+            if portion.todo:
+                self.delivery.add(portion)
+        self.delivery.assign(process.ranges[-1000:])
+        self.delivery.generation = max(self.delivery.generation, process.generation, *(s.generation for s in process.inbox), 0)
+        self.delivery.give_back(process.expects)
+        process.inbox = [s for s in process.inbox if s.generation >= process.generation]
+
+    @precondition(lambda self: self.delivery.waiting)
+    @rule()
+    def prune(self) -> None:
+        self.delivery.prune()
+
+    # -- what always holds
+
+    @invariant()
+    def each_event_is_in_one_place(self) -> None:
+        if not hasattr(self, "delivery"):
+            return
+        waiting = [(p.portion.row.id, i) for p in self.delivery.waiting for i in indexes(p.spans)]
+        held = [(h.portion.row.id, i) for h in self.delivery.held for i in indexes(h.spans)]
+        todo = [(p.row.id, i) for p in self.portions for i in indexes(p.todo)]
+        assert sorted(waiting + held) == todo
+        assert len(set(self.finished + self.dead)) == len(self.finished + self.dead)
+        assert not set(self.finished + self.dead) & set(todo)
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        if not hasattr(self, "delivery"):
+            return
+        waiting = sum(length(piece.spans) for piece in self.delivery.waiting)
+        assert (self.delivery.loaded, self.delivery.loaded_bytes) == (waiting, 10 * waiting)
+        if self.delivery.held:
+            assert self.delivery.number - self.delivery.held[0].number <= SLOTS
+
+    @invariant()
+    def first_starts_are_in_order(self) -> None:
+        if hasattr(self, "started"):
+            assert self.started == sorted(self.started)
+
+    def teardown(self) -> None:
+        """Left alone, everything ends."""
+        if not hasattr(self, "delivery"):
+            return
+        for _ in range(10_000):
+            if not any(portion.todo for portion in self.portions):
+                break
+            self.hand_out()
+            self.work(failing=set(), later=False)
+        assert not any(portion.todo for portion in self.portions), "stuck"
+        assert not self.delivery.held and not self.delivery.waiting
+        self.each_event_is_in_one_place()
+        self.first_starts_are_in_order()
+
+
+Subscriber.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestDelivery = Subscriber.TestCase
