@@ -168,18 +168,20 @@ class Journal:
                 )
             if found is None:
                 self.put("meta", b"format", FORMAT)
-            for name in TABLES:
-                self.used += sum(on_disk(value) for _, value in self.scan(name))
+            self.used = sum(on_disk(value) for name in TABLES for _, value in self.scan(name))
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Commit what happens inside, all or nothing."""
-        with self._env.begin(write=True, buffers=False) as txn:
-            self._txn = txn
-            try:
+        before = self.used
+        try:
+            with self._env.begin(write=True, buffers=False) as self._txn:
                 yield
-            finally:
-                self._txn = None
+        except BaseException:
+            self.used = before
+            raise
+        finally:
+            self._txn = None
 
     def get(self, table: str, key: bytes) -> bytes | None:
         value = self._in_turn().get(key, db=self._tables[table])

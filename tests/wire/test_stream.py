@@ -1,0 +1,74 @@
+"""Streams over real sockets: one side never blocks, the other reads whole frames."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from mphub.wire import frames
+from mphub.wire.frames import ProtocolError, frame
+from mphub.wire.stream import Frame, Line, Stream
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    yield one, other
+    one.close()
+    other.close()
+
+
+def test_what_the_socket_does_not_take_is_kept_and_goes_later(pair: tuple[socket.socket, socket.socket]) -> None:
+    stream, line = Stream(pair[0]), Line(pair[1])
+    bodies = [bytes([n]) * 300_000 for n in range(40)]
+    for body in bodies:
+        stream.send(frames.DELIVER, b"", body)
+    assert stream.out, "more than a socket takes"
+    got: list[Frame | None] = []
+    reader = threading.Thread(target=lambda: got.extend(line.receive() for _ in bodies))
+    reader.start()
+    while stream.out:
+        stream.flush()
+    reader.join(10)
+    assert got == [(frames.DELIVER, b"", body) for body in bodies]
+
+
+def test_reading_never_waits_and_tells_the_end(pair: tuple[socket.socket, socket.socket]) -> None:
+    stream = Stream(pair[0])
+    assert stream.read() == []
+    pair[1].sendall(frame(frames.READY)[:4])
+    assert stream.read() == []
+    pair[1].sendall(frame(frames.READY)[4:])
+    assert stream.read() == [(frames.READY, b"", b"")]
+    pair[1].close()
+    assert stream.read() is None
+
+
+def test_garbage_is_a_protocol_error(pair: tuple[socket.socket, socket.socket]) -> None:
+    stream = Stream(pair[0])
+    pair[1].sendall(b"GET / HTTP/1.1\r\n\r\n")
+    with pytest.raises(ProtocolError):
+        stream.read()
+
+
+def test_sending_to_a_peer_that_is_gone_raises_nothing(pair: tuple[socket.socket, socket.socket]) -> None:
+    stream = Stream(pair[0])
+    pair[1].close()
+    stream.send(frames.STOP)
+    assert not stream.out
+
+
+def test_a_line_says_whether_a_frame_is_there(pair: tuple[socket.socket, socket.socket]) -> None:
+    line = Line(pair[1])
+    assert not line.has_frame()
+    pair[0].sendall(frame(frames.STOP) * 2)
+    assert line.has_frame()
+    assert line.receive() == (frames.STOP, b"", b"")
+    assert line.has_frame(), "the second was read with the first"
+    line.receive()
+    assert not line.has_frame()
+    pair[0].close()
+    assert line.receive() is None
