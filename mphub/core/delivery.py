@@ -14,6 +14,8 @@ WAITING, RUNNING, HANDLED, DONE, FAILED = range(5)
 
 Spans = list[tuple[int, int]]
 """Ranges [first, last) of event indexes in a row, ascending."""
+Range = tuple[int, int, int, int]
+"""What was handed out together: (first delivery number, count, row, index of the first event)."""
 MAX_HELD = 1000
 """Ranges that one process holds; a board remembers 1024."""
 
@@ -94,7 +96,7 @@ class Delivery:
         self.number = 0
         """The next delivery number."""
         self.generation = 0
-        """Grows when the process gave back what it held: frames under way then are void."""
+        """Grows when the process gives back what it holds: frames under way then are void."""
         self.loaded = 0
         self.loaded_bytes = 0
 
@@ -130,16 +132,15 @@ class Delivery:
 
     # -- what the process holds
 
-    def assign(self, ranges: list[tuple[int, int, int, int]]) -> None:
-        """Move waiting events to held as a live process's board says: (number, count, row, index), oldest first."""
-        for number, count, row, index in reversed(ranges):  # the newest hand-out of an event is the one that counts
+    def claim(self, ranges: list[Range]) -> None:
+        """Move waiting events to held: a process that this router did not hand them to says that it has them."""
+        for number, count, row, index in ranges:
             for piece in [p for p in self.waiting if p.portion.row.id == row]:
                 rest = subtract(piece.spans, [(index, index + count)])
                 spans = subtract(piece.spans, rest)
                 if spans:
                     piece.spans = rest
-                    self.held.appendleft(Held(number, index, count, piece.portion, spans))
-        self.number = max([self.number, *(number + count for number, count, _, _ in ranges)])
+                    self.held.append(Held(number, index, count, piece.portion, spans))
         for piece in self.drop_waiting():
             if piece.spans:
                 self._put(piece, self.waiting.append)
@@ -223,10 +224,10 @@ class Delivery:
             if not held.spans:
                 self.held.popleft()
 
-    def give_back(self, since: int = 0) -> None:
-        """Return held events, from delivery number ``since`` on, to the front of the inbox, in order."""
+    def give_back(self) -> None:
+        """Return held events to the front of the inbox, in order."""
         self.generation += 1
-        while self.held and self.held[-1].number >= since:
+        while self.held:
             held = self.held.pop()
             self._put(Piece(held.portion, held.spans), self.waiting.appendleft)
 
@@ -250,25 +251,44 @@ class Delivery:
             self._put(piece, self.waiting.appendleft)
         return verdict
 
+    def died_unseen(self, ranges: list[Range], states: Callable[[int, int], bytes], charged: Callable[[int], bool]) -> Verdict:
+        """Settle what a process held by its board, oldest range first: it had not met this router, to which all of it waits.
+
+        What is not settled stays where it is. Of an event that was handed out more than once the newest range counts.
+        """
+        numbers = {(row, index + i): number + i for number, count, row, index in ranges for i in range(count)}
+        verdict = Verdict()
+        for piece in self.drop_waiting():
+            places = [(index, numbers.get((piece.portion.row.id, index))) for index in indexes(piece.spans)]
+            seen = [(index, states(number, 1)[0] if number is not None else WAITING, number) for index, number in places]
+            rest = self._judge(piece.portion, [(i, state, number is not None and charged(number)) for i, state, number in seen], verdict)
+            if rest:
+                self._put(Piece(piece.portion, rest), self.waiting.append)
+        return verdict
+
     def _settle(self, held: Held, states: bytes, charged: Callable[[int], bool], verdict: Verdict, back: list[Piece]) -> None:
-        portion, offset = held.portion, held.number - held.index
+        offset = held.number - held.index
+        seen = [(index, states[index - held.index]) for index in indexes(held.spans)]
+        rest = self._judge(held.portion, [(i, state, state == RUNNING and charged(offset + i)) for i, state in seen], verdict)
+        if rest:
+            back.append(Piece(held.portion, rest))
+
+    def _judge(self, portion: Portion, seen: list[tuple[int, int, bool]], verdict: Verdict) -> Spans:
+        """Sort (index, state, charged) into the verdict; return what goes on waiting."""
         finished, rest = [], []
-        for index in indexes(held.spans):
-            state = states[index - held.index]
+        for index, state, charged in seen:
             if state == DONE:
                 finished.append(index)
-            elif state == RUNNING and charged(offset + index):
+                continue
+            if state == RUNNING and charged:
                 if not self._charge(portion, index, verdict):
                     continue
-                rest.append(index)
-            else:
-                if state != WAITING:
-                    verdict.again.append(Again(portion, index, portion.attempts.get(index, 1)))
-                rest.append(index)
+            elif state != WAITING:
+                verdict.again.append(Again(portion, index, portion.attempts.get(index, 1)))
+            rest.append(index)
         if finished:
             verdict.finished.append((portion, spans_of(finished)))
-        if rest:
-            back.append(Piece(portion, spans_of(rest)))
+        return spans_of(rest)
 
     def _charge(self, portion: Portion, index: int, verdict: Verdict) -> bool:
         """Count the attempt; say whether there is another one."""
@@ -334,3 +354,12 @@ def subtract(spans: Spans, gone: Spans) -> Spans:
         if start < b:
             left.append((start, b))
     return left
+
+
+def parts_within(handed_out: Range, numbers: Spans) -> Iterator[Range]:
+    """Yield the parts of a range whose delivery numbers are within some spans."""
+    number, count, row, index = handed_out
+    for first, last in numbers:
+        a, b = max(first, number), min(last, number + count)
+        if a < b:
+            yield a, b - a, row, index + a - number

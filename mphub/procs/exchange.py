@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from mphub.core.delivery import Portion, Spans, length
+from mphub.core.delivery import Portion, Range, Spans, Verdict, length, parts_within
 from mphub.core.keys import nearest
 from mphub.core.rows import Row
 from mphub.core.table import RoutingTable
@@ -21,6 +21,7 @@ from mphub.procs.letters import Cause, Letters
 from mphub.procs.mailbox import Mailbox, single_portion
 from mphub.procs.recovery import recover
 from mphub.store.blobs import Blobs, References
+from mphub.store.board import Board
 from mphub.store.journal import Counters, Keeper, Progress, Single, Stored, SubscriberState
 from mphub.wire.frames import Batch, Failure, ReplyRow, Report, decoder, encode, join
 from mphub.wire.specs import Spec
@@ -58,7 +59,8 @@ class Exchange:
         self.unmatched: dict[str, int] = {}
         self.epoch = 1
         self.sequences: dict[int, int] = {}
-        self.frames: dict[int, int] = {}
+        self.frames: dict[int, tuple[int, int]] = {}
+        """incarnation -> (last frame committed, delivery number up to which it goes)."""
         self.news: list[News] = []
         self.told = False
         """The failure in the report at hand is raised to its caller (inline)."""
@@ -307,13 +309,14 @@ class Exchange:
 
     def report(self, box: Mailbox, incarnation: int, report: Report, now: float) -> None:
         """Commit acks, failures, outputs, replies and snapshot of one frame together; a repeat is dropped whole."""
-        if report.frame <= self.frames.get(incarnation, 0):
+        if report.frame <= self.frames.get(incarnation, (0, 0))[0]:
             return
-        self.frames[incarnation] = report.frame
+        self.frames[incarnation] = (report.frame, report.upto)
         self._dirty_frames.add(incarnation)
         delivery = box.delivery
         failed = {f.number: found for f in report.failures if (found := delivery.find(f.number))}
-        finished = delivery.report(report.upto, failed, returned=report.returned)
+        # sent again to a new router it is of a generation before its hello, which has given all back already
+        finished = delivery.report(report.upto, failed, returned=report.returned and report.generation >= delivery.generation)
         for output in report.outputs:
             self.take_in(output.batch, encode(output.batch), output.body, output.batch.epoch or self.epoch)
         for reply in report.replies:
@@ -375,7 +378,9 @@ class Exchange:
         cause: Cause,
     ) -> None:
         """Settle what a reaped process held."""
-        verdict = box.delivery.died(states, charged)
+        self._died(box, incarnation, box.delivery.died(states, charged), cause)
+
+    def _died(self, box: Mailbox, incarnation: int, verdict: Verdict, cause: Cause) -> None:
         for portion, spans in verdict.finished:
             box.counters.handled += length(spans)
             self.settle(box, portion, spans)
@@ -385,7 +390,7 @@ class Exchange:
             self.touch(box)[portion.row.id] = portion
         box.counters.retried += len(verdict.again)
         self.touch(box)
-        self.frames[incarnation] = SETTLED  # should this be asked again, after a router's death
+        self.frames[incarnation] = (SETTLED, 0)  # should this be asked again, after a router's death
         self._dirty_frames.add(incarnation)
 
     def forget_incarnation(self, incarnation: int) -> None:
@@ -441,13 +446,13 @@ class Exchange:
         if value is not None:
             put(single_portion(number, _single.decode(value)))
 
-    def _refill(self, box: Mailbox) -> None:
-        """Read on where the window ends."""
+    def _refill(self, box: Mailbox, least: int = 0) -> None:
+        """Read on where the window ends, at any rate to row ``least``."""
         if box.tail is None:
             return
         for key, value in self.journal.scan("rows", box.tail.to_bytes(8, "big")):
             number = int.from_bytes(key, "big")
-            if not box.wants_more():
+            if number > least and not box.wants_more():
                 box.tail = number
                 return
             self.load_row(box, number, _stored.decode(value))
@@ -469,9 +474,26 @@ class Exchange:
 
     # -- after a restart
 
-    def assign(self, box: Mailbox, ranges: list[tuple[int, int, int, int]]) -> None:
-        """Treat what a board says its live process may hold as held (router restart)."""
-        box.delivery.assign(ranges)
+    def claim(self, box: Mailbox, incarnation: int, claims: list[tuple[int, int]], ranges: list[Range]) -> None:
+        """Take as held what a process says it has run and this router has not committed."""
+        _, upto = self.frames.get(incarnation, (0, 0))
+        spans = [(max(number, upto), number + count) for number, count in claims if number + count > upto]
+        held = [part for each in ranges for part in parts_within(each, spans)]
+        self._cover(box, held)
+        box.delivery.claim(held)
+
+    def died_unseen(self, box: Mailbox, incarnation: int, board: Board, charged: Callable[[int], bool], cause: Cause) -> None:
+        """Settle what a process held that died before it had met this router."""
+        _, upto = self.frames.get(incarnation, (0, 0))
+        ranges = [part for each in board.ranges() for part in parts_within(each, [(upto, SETTLED)])]
+        self._cover(box, ranges)
+        self._died(box, incarnation, box.delivery.died_unseen(ranges, board.states, charged), cause)
+
+    def _cover(self, box: Mailbox, ranges: list[Range]) -> None:
+        """Widen the window until it has all rows of some ranges."""
+        last = max((row for _, _, row, _ in ranges), default=0)
+        if box.tail is not None and box.tail <= last:
+            self._refill(box, last)
 
     def forget_publisher(self, publisher: int) -> None:
         """Remove what a dead publisher leaves: its sequence, replies nobody reads, files nobody names."""

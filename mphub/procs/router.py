@@ -265,9 +265,11 @@ class Router:
         if seat.stream is not None:
             self._drop(seat.stream)
         stream.peer, seat.stream = seat, stream
+        seat.met = True
         delivery = seat.box.delivery
+        delivery.give_back()  # on a reconnect; a successor holds nothing yet
         delivery.generation = max(delivery.generation, hello.generation)
-        delivery.give_back(hello.expects)
+        self.exchange.claim(seat.box, seat.incarnation, hello.claims, list(seat.board.ranges()))
         snapshot = None if hello.ready else self.exchange.letters.snapshot(seat.box.name)
         stream.send(frames.WELCOME, encode(Welcome(seat.told, *(snapshot or ()))))
         if hello.ready:
@@ -347,15 +349,16 @@ class Router:
         self.exchange.set_status(name, status)
 
     def do_started(self, name: str, incarnation: int, board: str, live: bool) -> None:
-        """Seat an incarnation; a live one (this router is a successor) may hold what its board says."""
-        if self.exchange.frames.get(incarnation) == SETTLED:
+        """Seat an incarnation; a live one (this router is a successor) has yet to say what it holds."""
+        if self.exchange.frames.get(incarnation, (0, 0))[0] == SETTLED:
             return
         box = self.exchange.boxes[name]
         seat = Seat(incarnation, box, Board(board))
-        seat.told = self.exchange.frames.get(incarnation, 0)
+        seat.told, _ = self.exchange.frames.get(incarnation, (0, 0))
         self.seats[incarnation] = seat
         if live:
-            self.exchange.assign(box, list(seat.board.ranges()))
+            seat.met = False
+            box.delivery.number = max([box.delivery.number, *(number + count for number, count, _, _ in seat.board.ranges())])
 
     def do_stop_worker(self, incarnation: int) -> None:
         seat = self.seats.get(incarnation)
@@ -375,9 +378,14 @@ class Router:
         self._read_last(seat)
         board = seat.board
         blamed = board.number_at(slot) if charge == "slot" and slot is not None else None
-        self.exchange.died(
-            seat.box, incarnation, board.states, lambda number: charge == "running" or number == blamed, Cause(**cause)
-        )  # fmt: skip
+
+        def charged(number: int) -> bool:
+            return charge == "running" or number == blamed
+
+        if seat.met:
+            self.exchange.died(seat.box, incarnation, board.states, charged, Cause(**cause))
+        else:
+            self.exchange.died_unseen(seat.box, incarnation, board, charged, Cause(**cause))
         board.close()
 
     def do_settled(self, incarnation: int) -> None:

@@ -6,6 +6,7 @@ import faulthandler
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -58,11 +59,13 @@ class Worker:
         self.blobs = Blobs(f"{address.folder}/blobs", incarnation)
         self.outputs = Outputs(incarnation, self.blobs)
         self.line: Line | None = None
-        self.unconfirmed: list[tuple[int, bytes]] = []
+        self.unconfirmed: deque[tuple[int, int, bytes]] = deque()
+        """(frame, upto, bytes)."""
         self.failures: list[Failure] = []
         self.replies: list[ReplyRow] = []
         self.frame = 0
-        self.expects = 0
+        self.claims: deque[tuple[int, int]] = deque()
+        """(first delivery number, count) of what it has run and does not know to be committed."""
         self.generation = 0
         self.upto = 0
         self.last_report = 0.0
@@ -130,7 +133,7 @@ class Worker:
         while True:
             try:
                 line = Line.connect(self.address.data)
-                hello = HelloSubscriber(self.address.token, self.incarnation, self.is_ready, self.expects, self.generation)
+                hello = HelloSubscriber(self.address.token, self.incarnation, self.is_ready, list(self.claims), self.generation)
                 line.send(frames.HELLO_SUBSCRIBER, encode(hello))
             except OSError:
                 time.sleep(0.01)  # between two routers; without a supervisor this process dies anyway
@@ -155,7 +158,7 @@ class Worker:
                 return got
             self.line.close()
             self._enter()
-            for _, data in self.unconfirmed:
+            for _, _, data in self.unconfirmed:
                 self._write(data)
 
     def _deliveries(self) -> Iterator[tuple[Deliver, bytes]]:
@@ -165,11 +168,11 @@ class Worker:
                 return
             if kind == frames.DELIVER:
                 deliver = _deliver.decode(header)
-                self.expects = deliver.number + deliver.count
                 self._forget_confirmed(deliver.confirmed)
                 if deliver.generation < self.generation:
                     continue  # handed out before this process gave everything back
                 self.generation = deliver.generation
+                self.claims.append((deliver.number, deliver.count))
                 yield deliver, body
             else:
                 self._digest(kind, header, body)
@@ -179,8 +182,11 @@ class Worker:
             self._forget_confirmed(_confirmed.decode(header))
 
     def _forget_confirmed(self, frame: int) -> None:
+        upto = 0
         while self.unconfirmed and self.unconfirmed[0][0] <= frame:
-            self.unconfirmed.pop(0)
+            upto = self.unconfirmed.popleft()[1]
+        while self.claims and sum(self.claims[0]) <= upto:
+            self.claims.popleft()
 
     def _send(self, kind: int, header: bytes = b"") -> None:
         self._write(frames.frame(kind, header))
@@ -320,6 +326,8 @@ class Worker:
         self.failures.append(Failure(number, reason, codec.encode_error(error), text, retry, delay))
         self.upto = number + 1
         if retry and delay <= 0:
+            first, _ = self.claims.pop()
+            self.claims.append((first, number + 1 - first))
             self._report(returned=True)
             self.generation += 1
         elif len(self.failures) >= 16:
@@ -347,7 +355,7 @@ class Worker:
             data = frames.frame(frames.SPILLED, encode(frames.Spilled(frames.REPORT, len(header), self.blobs.write(header))))
         self.failures, self.replies, self.ran, self.seconds = [], [], 0, 0.0
         self.last_report = time.monotonic()
-        self.unconfirmed.append((self.frame, data))
+        self.unconfirmed.append((self.frame, self.upto, data))
         self._write(data)
 
     def _take_snapshot(self) -> tuple[bytes | None, str | None]:

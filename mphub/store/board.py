@@ -27,10 +27,6 @@ _HEAD_AT: Final = 8
 _ZEROES: Final = bytes(SLOTS)
 
 
-Range = tuple[int, int, int, int]
-"""(first delivery number, count, batch row, index of the first event)."""
-
-
 class Board:
     """A mapped board; ``states`` starts at ``base`` of the map."""
 
@@ -59,7 +55,7 @@ class Board:
         _RANGE.pack_into(self.map, _RINGS_AT + written % RANGES * _RANGE.size, number, count, row, index)
         _HEAD.pack_into(self.map, _HEAD_AT, written + 1)
 
-    def ranges(self) -> Iterator[Range]:
+    def ranges(self) -> Iterator[tuple[int, int, int, int]]:
         """Yield the ranges that the ring still has, oldest first."""
         (written,) = _HEAD.unpack_from(self.map, _HEAD_AT)
         for i in range(max(0, written - RANGES), written):

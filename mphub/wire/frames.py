@@ -124,8 +124,8 @@ class HelloSubscriber(Wire, frozen=True):
     token: bytes
     incarnation: int
     ready: bool
-    expects: int
-    """The delivery number that it has not seen yet."""
+    claims: list[tuple[int, int]] = []
+    """(first delivery number, count) of what it has run and does not know to be committed."""
     generation: int = 0
 
 

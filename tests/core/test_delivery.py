@@ -20,10 +20,13 @@ from mphub.core.delivery import (
     WAITING,
     Delivery,
     Portion,
+    Range,
     Spans,
+    Verdict,
     contains,
     indexes,
     length,
+    parts_within,
     spans_of,
     subtract,
 )
@@ -65,14 +68,36 @@ class Sent:
 
 
 @dataclass
+class Report:
+    """A numbered frame from the process."""
+
+    frame: int
+    upto: int
+    failures: list[int]
+    returned: bool
+    generation: int
+
+
+@dataclass
 class Process:
-    """What a subscriber's process knows."""
+    """What a subscriber's process knows, and what is on its board."""
 
     inbox: list[Sent] = field(default_factory=list)
+    outbox: list[Report] = field(default_factory=list)
+    unconfirmed: list[Report] = field(default_factory=list)
+    claims: list[tuple[int, int]] = field(default_factory=list)
     states: dict[int, int] = field(default_factory=dict)
-    ranges: list[tuple[int, int, int, int]] = field(default_factory=list)
-    expects: int = 0
+    ranges: list[Range] = field(default_factory=list)
     generation: int = 0
+    frame: int = 0
+
+    def board(self, number: int, count: int) -> bytes:
+        return bytes(self.states[number + i] for i in range(count))
+
+    def confirmed(self, frame: int) -> None:
+        upto = max([0, *(r.upto for r in self.unconfirmed if r.frame <= frame)])
+        self.unconfirmed = [r for r in self.unconfirmed if r.frame > frame]
+        self.claims = [claim for claim in self.claims if sum(claim) > upto]
 
 
 class Subscriber(RuleBasedStateMachine):
@@ -84,6 +109,7 @@ class Subscriber(RuleBasedStateMachine):
         self.delivery = self.new_delivery()
         self.portions: list[Portion] = []
         self.process = Process()
+        self.committed = (0, 0)
         self.finished: list[Name] = []
         self.dead: list[Name] = []
         self.started: list[Name] = []
@@ -124,15 +150,42 @@ class Subscriber(RuleBasedStateMachine):
         self.dead.append((portion.row.id, index))
         portion.finish([(index, index + 1)])
 
+    @rule()
+    def commit(self) -> None:
+        """Read a report that has arrived; one that was committed before is passed over."""
+        if not self.process.outbox:
+            return
+        report, delivery = self.process.outbox.pop(0), self.delivery
+        if report.frame <= self.committed[0]:
+            return
+        self.committed = (report.frame, report.upto)
+        failed = {number: found for number in report.failures if (found := delivery.find(number)) is not None}
+        assert len(failed) == len(report.failures)
+        returned = report.returned and report.generation >= delivery.generation
+        for portion, spans in delivery.report(report.upto, failed, returned=returned):
+            self.settle(portion, spans)
+        for number in reversed(report.failures):
+            portion, index = failed[number]
+            attempt = portion.attempts.get(index, 1)
+            if not report.returned or attempt >= MAX_ATTEMPTS:
+                self.bury(portion, index)
+            else:
+                delivery.again(portion, index, attempt + 1)
+
+    @rule()
+    def confirm(self) -> None:
+        self.process.confirmed(self.committed[0])
+
     # -- the process's side
 
     def next_frame(self) -> Sent | None:
         """Receive: a frame that was sent before everything was given back is void."""
-        while self.process.inbox:
-            sent = self.process.inbox.pop(0)
-            self.process.expects = sent.number + sent.count
-            if sent.generation >= self.process.generation:
-                self.process.generation = sent.generation
+        process = self.process
+        while process.inbox:
+            sent = process.inbox.pop(0)
+            if sent.generation >= process.generation:
+                process.generation = sent.generation
+                process.claims.append((sent.number, sent.count))
                 return sent
         return None
 
@@ -146,44 +199,45 @@ class Subscriber(RuleBasedStateMachine):
 
     @rule(failing=SETS, later=st.booleans())
     def work(self, failing: set[int], later: bool) -> None:
-        """Handle a frame; an event that fails is retried at once, or given up for now (``later``: a row of its own)."""
+        self.handle(failing, later=later)
+
+    def handle(self, failing: set[int], *, later: bool = False) -> bool:
+        """Handle a frame, if there is one; an event that fails is retried at once, or given up (``later``: or a row of its own)."""
         sent = self.next_frame()
         if sent is None:
-            return
-        failures: list[tuple[int, int]] = []
+            return False
+        failures: list[int] = []
         for number, index in sent.places():
             self.start(sent, number, index)
             if index not in failing:
                 self.process.states[number] = DONE
                 continue
             self.process.states[number] = FAILED
-            failures.append((number, index))
+            failures.append(number)
             if not later:
+                first, _ = self.process.claims.pop()
+                self.process.claims.append((first, number + 1 - first))
                 self.report(number + 1, failures, returned=True)
-                return
+                self.process.generation += 1
+                return True
         self.report(sent.number + sent.count, failures, returned=False)
+        return True
 
-    def report(self, upto: int, failures: list[tuple[int, int]], *, returned: bool) -> None:
-        delivery = self.delivery
-        failed = {number: found for number, _ in failures if (found := delivery.find(number)) is not None}
-        assert len(failed) == len(failures)
-        if returned:
-            self.process.generation += 1
-        for portion, spans in delivery.report(upto, failed, returned=returned):
-            self.settle(portion, spans)
-        for number, _ in reversed(failures):
-            portion, index = failed[number]
-            attempt = portion.attempts.get(index, 1)
-            if not returned or attempt >= MAX_ATTEMPTS:
-                self.bury(portion, index)
-            else:
-                delivery.again(portion, index, attempt + 1)
+    def report(self, upto: int, failures: list[int], *, returned: bool) -> None:
+        process = self.process
+        process.frame += 1
+        report = Report(process.frame, upto, failures, returned, process.generation)
+        process.outbox.append(report)
+        process.unconfirmed.append(report)
 
     # -- deaths
 
-    @rule(runs=st.integers(0, 12), handled=st.booleans(), blamed=st.booleans())
-    def die(self, runs: int, handled: bool, blamed: bool) -> None:
-        """Die in the middle of a frame: ``runs`` events were through, the next one ran."""
+    @rule(runs=st.integers(0, 12), handled=st.booleans(), blamed=st.booleans(), with_router=st.booleans())
+    def die(self, runs: int, handled: bool, blamed: bool, with_router: bool) -> None:
+        """Die in the middle of a frame: ``runs`` events were through, the next one ran; ``with_router``: so did the router."""
+        if not with_router:
+            while self.process.outbox:
+                self.commit()
         sent = self.next_frame()
         running: Name | None = None
         attempt = 1
@@ -194,33 +248,62 @@ class Subscriber(RuleBasedStateMachine):
                 running, attempt = (sent.portion.row.id, index), sent.portion.attempts.get(index, 1)
                 break
             self.process.states[number] = HANDLED if handled else DONE
-        before = {(p.row.id, i): n for p in self.portions for i, n in p.attempts.items()}
-        verdict = self.delivery.died(lambda number, count: bytes(self.process.states[number + i] for i in range(count)), lambda _: blamed)
+        before = self.attempts()
+        verdict = self.verdict_unseen(blamed) if with_router else self.delivery.died(self.process.board, lambda _: blamed)
         for portion, spans in verdict.finished:
             self.settle(portion, spans)
         for portion, index, attempts in verdict.dead:
             assert (portion.row.id, index) == running and blamed and attempts == attempt == MAX_ATTEMPTS
             self.bury(portion, index)
-        after = {(p.row.id, i): n for p in self.portions for i, n in p.attempts.items()}
+        after = self.attempts()
         charged = {name for name in after if after[name] != before.get(name)}
         assert charged == ({running} if running and blamed and attempt < MAX_ATTEMPTS else set()), "only what ran is charged"
-        self.process = Process(expects=self.delivery.number, generation=self.delivery.generation)
+        self.process = Process(generation=self.delivery.generation)
+        self.committed = (0, 0)
 
-    @rule(lost=st.integers(0, 3))
-    def router_dies(self, lost: int) -> None:
-        """A new router knows the journal and the board; frames that had not arrived are lost with the old one."""
-        process = self.process
-        for _ in range(min(lost, len(process.inbox))):
-            process.inbox.pop()
-        process.expects = max([process.expects, *(s.number + s.count for s in process.inbox)])
+    def attempts(self) -> dict[Name, int]:
+        return {(p.row.id, i): n for p in self.portions for i, n in p.attempts.items()}
+
+    def verdict_unseen(self, blamed: bool) -> Verdict:
+        self.successor()
+        upto = self.committed[1]
+        ranges = [part for each in self.process.ranges for part in parts_within(each, [(upto, 1 << 62)])]
+        return self.delivery.died_unseen(ranges, self.process.board, lambda _: blamed)
+
+    def successor(self) -> None:
+        """Begin as a new router, which knows the journal: everything waits."""
         self.delivery = self.new_delivery()
         for portion in self.portions:
             if portion.todo:
                 self.delivery.add(portion)
-        self.delivery.assign(process.ranges[-1000:])
-        self.delivery.generation = max(self.delivery.generation, process.generation, *(s.generation for s in process.inbox), 0)
-        self.delivery.give_back(process.expects)
-        process.inbox = [s for s in process.inbox if s.generation >= process.generation]
+        self.delivery.number = max([0, *(number + count for number, count, _, _ in self.process.ranges)])
+
+    @rule(lost=st.integers(0, 3))
+    def router_dies(self, lost: int) -> None:
+        """The last frames never arrived; the process handles the others, then meets the successor and sends its reports again."""
+        process = self.process
+        del process.inbox[max(0, len(process.inbox) - lost) :]
+        while self.handle(set()):
+            pass
+        self.successor()
+        self.hello()
+
+    @rule()
+    def reconnect(self) -> None:
+        """The stream breaks, the router lives: what it had sent is handled, then all is as after its death."""
+        while self.handle(set()):
+            pass
+        self.hello()
+
+    def hello(self) -> None:
+        process, delivery = self.process, self.delivery
+        delivery.give_back()
+        delivery.generation = max(delivery.generation, process.generation)
+        upto = self.committed[1]
+        spans = [(max(number, upto), number + count) for number, count in process.claims if number + count > upto]
+        delivery.claim([part for each in process.ranges for part in parts_within(each, spans)])
+        process.confirmed(self.committed[0])
+        process.outbox = list(process.unconfirmed)
 
     @precondition(lambda self: self.delivery.waiting)
     @rule()
@@ -262,12 +345,13 @@ class Subscriber(RuleBasedStateMachine):
             if not any(portion.todo for portion in self.portions):
                 break
             self.hand_out()
-            self.work(failing=set(), later=False)
+            self.handle(set())
+            self.commit()
         assert not any(portion.todo for portion in self.portions), "stuck"
         assert not self.delivery.held and not self.delivery.waiting
         self.each_event_is_in_one_place()
         self.first_starts_are_in_order()
 
 
-Subscriber.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Subscriber.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 TestDelivery = Subscriber.TestCase

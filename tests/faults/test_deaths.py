@@ -157,6 +157,30 @@ def test_a_snapshotting_counter_is_exact_under_kills() -> None:
 
 
 @pytest.mark.timeout(120)
+def test_retries_at_once_are_neither_lost_nor_repeated_when_the_router_dies(tmp_path: Path) -> None:
+    log, count = tmp_path / "log", 3000
+    hub = EventHub()
+
+    def handle(n: int) -> None:
+        attempt = mphub.current_event().attempt
+        note(log, f"{n} {attempt}")
+        if n % 7 == 3 and attempt == 1:
+            raise KeyError(n)
+
+    hub.subscribe("k", handle, retry=Retry(on=KeyError, delay=0))
+    with hub:
+        for n in range(count):
+            hub.publish("k", n)
+            if n % 400 == 399:
+                os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+        hub.drain(60)
+    rows = [tuple(map(int, row.split())) for row in lines(log)]
+    assert sorted(rows) == sorted([(n, 1) for n in range(count)] + [(n, 2) for n in range(3, count, 7)])
+    firsts = [n for n, attempt in rows if attempt == 1]
+    assert firsts == sorted(firsts)
+
+
+@pytest.mark.timeout(120)
 def test_outputs_too_large_for_a_frame_are_neither_lost_nor_doubled_when_the_router_dies(tmp_path: Path) -> None:
     log = tmp_path / "log"
     hub = EventHub()
