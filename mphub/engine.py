@@ -30,6 +30,8 @@ from mphub.wire.specs import Spec
 
 KEPT_PAYLOADS = 16 << 20
 """Bytes of dead letters' payloads that outlive an in-memory hub."""
+TOLD_WITHIN = 1.0
+"""Seconds that a drain or stop waits for output to be written."""
 Watcher = bool | Callable[[Progress], None]
 _dead = decoder(Dead)
 
@@ -62,6 +64,7 @@ class ProcessEngine:
     def __init__(self, address: Address, max_bytes: int, stop: Stop, console: Console) -> None:
         self.address, self.stop = address, stop
         boot.sweep(Path(address.folder).parent)
+        self.console = console
         self.client = Client(address, max_bytes, stop.ask, stop.term, console.hear)
         self.connection = connection_to(address)
         self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = self.connection.publish_plain
@@ -119,6 +122,7 @@ class ProcessEngine:
                     self._time_is_up(timeout)
             if tell is not None:
                 tell(progress_of(self.statistics(), began))
+        self.console.flush(TOLD_WITHIN)  # what handlers printed until now
         for name, status in result["statuses"].items():
             raise (SubscriberFatal if status == "FATAL" else SubscriberPaused)(name)
 
@@ -161,6 +165,7 @@ class ProcessEngine:
     def close(self) -> None:
         self.client.close()
         drop_connection(self.address)
+        self.console.close(TOLD_WITHIN)
 
 
 class InlineEngine:

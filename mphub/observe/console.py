@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,14 +26,62 @@ SEVERITY = {
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL}
 
 
+MAX_UNWRITTEN = 1 << 20
+"""Characters of output that wait for a slow reader."""
+
+
 class Console:
-    """Turns pushes of the hub's processes into log records, output lines and notices."""
+    """Turns pushes of the hub's processes into log records, output lines and notices, in a thread of its own.
+
+    So a callback may call the hub, and a terminal that nobody reads stops nothing but this.
+    """
 
     def __init__(self, unmatched: str) -> None:
         self.unmatched = unmatched
         self.callbacks: list[Callable[[Notice], None]] = []
+        self._queue: queue.SimpleQueue[tuple[str, dict[str, Any]] | threading.Event | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._unwritten = self._dropped = 0
 
     def hear(self, what: str, args: dict[str, Any]) -> None:
+        """Take one push; output lines that exceed a megabyte unwritten are dropped and counted."""
+        if what == "output":
+            size = sum(map(len, args["lines"]))
+            if self._unwritten + size > MAX_UNWRITTEN:
+                self._dropped += len(args["lines"])
+                return
+            self._unwritten += size
+        self._put((what, args))
+
+    def flush(self, timeout: float) -> None:
+        """Wait until what was heard so far is told, at most some seconds."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            told = threading.Event()
+            self._put(told)
+            told.wait(timeout)
+
+    def close(self, timeout: float) -> None:
+        """Tell what was heard, at most some seconds, and end the thread."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            if thread is not threading.current_thread():
+                thread.join(timeout)
+
+    def _put(self, item: tuple[str, dict[str, Any]] | threading.Event) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="mphub-console", daemon=True)
+            self._thread.start()
+        self._queue.put(item)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+            else:
+                self._tell(*item)
+
+    def _tell(self, what: str, args: dict[str, Any]) -> None:
         """Deal with one push; a callback's failure is logged and disturbs nobody."""
         if what == "notice":
             self.notice(**args)
@@ -56,6 +106,9 @@ class Console:
         logging.getLogger(name).log(LEVELS[notice.severity], text_of(notice))
 
     def _output(self, subscriber: str, stream: str, lines: list[str]) -> None:
+        self._unwritten -= sum(map(len, lines))
+        if self._dropped:
+            lines, self._dropped = [f"... {self._dropped} lines dropped: nobody read them", *lines], 0
         target = sys.stdout if stream == "out" else sys.stderr
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
             target.write("".join(f"{line}\n" for line in lines))
