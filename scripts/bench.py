@@ -1,153 +1,128 @@
-"""Measure mphub against the queue set-up that people write by hand, side by side in one run.
+"""Measure mphub against the queues that people wire by hand, side by side in one run.
 
-The hand-written one is "two-hop": a multiprocessing.Queue into a router process, from there a multiprocessing.Queue to each subscriber.
-Rates differ from machine to machine and from minute to minute; their ratio in one run is what counts. Each measurement is a fresh
-process; the sides take turns. Start-up is not measured, everything else is: the clock runs until the last event is handled, and a
-miscount is an error.
+    python scripts/bench.py                                          every family, five rounds: some minutes
+    python scripts/bench.py --families throughput-1 --check 5        exit code 1 below five times the baseline
+    python scripts/bench.py --events 20000 --rounds 3 --json -       all values, for a program
+
+The baseline is "two-hop": the producer puts (key, payload) into one multiprocessing.Queue, a router process gets each and puts the payload
+into each subscriber's own multiprocessing.Queue. Its answers come straight back in one hop, by a third queue; those of mphub come through
+the router. mphub's journal is on.
+
+Rates differ from machine to machine and from minute to minute: what counts is the ratio within a round. Each measurement is a process of
+its own, and the sides take turns. What they start is started and warm before the clock runs; everything else is measured, until each
+subscriber has told how many events it has handled. A miscount is an error, never a figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from mphub import EventHub
+from mphub import EventHub, Subscriber
 
 KEY, PAYLOAD = "orders.created", b"x" * 100
-SIDES = ("two-hop", "mphub")
 WARM_UP = 1000
 FORK = multiprocessing.get_context("fork")
 
 
-# -- the sides
+@dataclass(frozen=True)
+class Side:
+    """A way to subscribers that count, each in a process of its own."""
+
+    publish: Callable[[int], None]  # so many events
+    ask: Callable[[], list[int]]  # what each subscriber has counted so far, this question with it
+    settle: Callable[[], list[int]]  # waits until everything published is handled, then asks
 
 
-def handle(payload: bytes) -> None:
-    """Do nothing: what is measured is the way there."""
-
-
-def answer(payload: int) -> int:
-    return payload
-
-
-def hub_throughput(events: int, subscribers: int) -> float:
-    """Return deliveries a second."""
-    hub = EventHub()
-    for i in range(subscribers):
-        hub.subscribe(KEY, handle, name=f"s{i}")
-    with hub:
-        hub.publish_batch(KEY, [PAYLOAD] * WARM_UP)
-        hub.drain()
-        began = time.perf_counter()
-        for _ in range(events):
-            hub.publish(KEY, PAYLOAD)
-        found = hub.drain()
-        seconds = time.perf_counter() - began
-    must_be([s.handled for s in found.subscribers.values()], [events + WARM_UP] * subscribers)
-    return events * subscribers / seconds
-
-
-def hub_roundtrip(events: int) -> float:
-    """Return the median microseconds of a request."""
-    hub = EventHub()
-    hub.subscribe(KEY, answer)
-    with hub:
-        return median_of(events, lambda n: hub.request(KEY, n).result(10))
-
-
-def queue_throughput(events: int, subscribers: int) -> float:
-    """Return deliveries a second."""
-    ingress, inboxes, done = two_hop(subscribers, count_all)
-    began = time.perf_counter()
-    for _ in range(events):
-        ingress.put((KEY, PAYLOAD))
-    ingress.put(None)
-    counts = [done.get() for _ in inboxes]
-    seconds = time.perf_counter() - began
-    must_be(counts, [events] * subscribers)
-    return events * subscribers / seconds
-
-
-def queue_roundtrip(events: int) -> float:
-    """Return the median microseconds of two hops there and one straight back."""
-    ingress, _, answers = two_hop(1, echo)
-
-    def ask(n: int) -> object:
-        ingress.put((KEY, n))
-        return answers.get()
-
-    took = median_of(events, ask)
-    ingress.put(None)
-    return took
-
-
-def two_hop(subscribers: int, work: Callable[[Queue[Any], Queue[Any]], None]) -> tuple[Queue[Any], list[Queue[Any]], Queue[Any]]:
-    """Start a router and subscribers; return the way in, the inboxes and the way out, when all have said that they are ready."""
-    ingress, out = FORK.Queue(), FORK.Queue()
+@contextlib.contextmanager
+def two_hop(subscribers: int) -> Iterator[Side]:
+    """Open the baseline: plain queues, processes by fork, nothing else."""
+    ingress, answers = FORK.Queue(), FORK.Queue()
     inboxes = [FORK.Queue() for _ in range(subscribers)]
-    FORK.Process(target=route, args=(ingress, {KEY: inboxes}), daemon=True).start()
-    for inbox in inboxes:
-        FORK.Process(target=work, args=(inbox, out), daemon=True).start()
-    ingress.put((KEY, None))
-    must_be([out.get() for _ in inboxes], ["ready"] * subscribers)
-    return ingress, inboxes, out
+    processes = [FORK.Process(target=count, args=(inbox, answers), daemon=True) for inbox in inboxes]
+    processes.append(FORK.Process(target=route, args=(ingress, {KEY: inboxes}), daemon=True))
+
+    def publish(events: int) -> None:
+        for _ in range(events):
+            ingress.put((KEY, PAYLOAD))
+
+    def ask() -> list[int]:
+        ingress.put((KEY, None))
+        return [answers.get() for _ in inboxes]
+
+    for process in processes:
+        process.start()
+    try:
+        yield Side(publish, ask, settle=ask)  # what was put before is got before
+    finally:
+        ingress.cancel_join_thread()  # nobody reads it any more
+        for process in processes:
+            process.kill()
+            process.join()
 
 
-def route(ingress: Queue[Any], table: dict[str, list[Queue[Any]]]) -> None:
-    for key, payload in iter(ingress.get, None):
+def route(ingress: Queue[Any], table: dict[str, list[Queue[Any]]]) -> NoReturn:
+    while True:
+        key, payload = ingress.get()
         for inbox in table[key]:
             inbox.put(payload)
-    for inboxes in table.values():
-        for inbox in inboxes:
-            inbox.put(StopIteration)
 
 
-def count_all(inbox: Queue[Any], out: Queue[Any]) -> None:
-    inbox.get()
-    out.put("ready")
-    count = 0
-    for payload in iter(inbox.get, StopIteration):
-        handle(payload)
-        count += 1
-    out.put(count)
+def count(inbox: Queue[Any], answers: Queue[int]) -> NoReturn:
+    handled = 0
+    while True:
+        payload = inbox.get()
+        handled += 1
+        if payload is None:  # a question
+            answers.put(handled)
 
 
-def echo(inbox: Queue[Any], out: Queue[Any]) -> None:
-    inbox.get()
-    out.put("ready")
-    for payload in iter(inbox.get, StopIteration):
-        out.put(payload)
+@contextlib.contextmanager
+def mphub(subscribers: int) -> Iterator[Side]:
+    """Open a hub with its defaults."""
+    hub = EventHub()
+    names = [hub.subscribe(KEY, Counter, name=f"counter-{number}").name for number in range(subscribers)]
+
+    def publish(events: int) -> None:
+        for _ in range(events):
+            hub.publish(KEY, PAYLOAD)
+
+    def ask() -> list[int]:
+        return [hub.request(KEY, None, to=name).result() for name in names]
+
+    def settle() -> list[int]:
+        hub.drain()
+        return ask()
+
+    with hub:
+        yield Side(publish, ask, settle)
 
 
-def median_of(events: int, ask: Callable[[int], object]) -> float:
-    """Ask one after the other; return the median in microseconds."""
-    took = []
-    for n in range(events):
-        began = time.perf_counter()
-        must_be(ask(n), n)
-        took.append(time.perf_counter() - began)
-    return statistics.median(took) * 1e6
+class Counter(Subscriber[bytes | None, int]):
+    """Does next to nothing, so that the way there is what is measured."""
+
+    handled = 0
+
+    def handle(self, payload: bytes | None) -> int:
+        self.handled += 1
+        return self.handled
 
 
-def must_be(got: object, expected: object) -> None:
-    """Refuse to tell a figure of a run that lost something."""
-    if got != expected:
-        raise SystemExit(f"bench: counted {got!r}, expected {expected!r}: no figure")
-
-
-# -- what is measured
+SIDES = {"baseline": two_hop, "mphub": mphub}
 
 
 @dataclass(frozen=True)
@@ -156,149 +131,199 @@ class Family:
 
     unit: str
     events: int
-    sides: dict[str, Callable[[int], float]]
+    subscribers: int
+    measure: Callable[[Side, int], float]
     less_is_better: bool = False
 
 
+def throughput(side: Side, events: int) -> float:
+    """Return deliveries a second."""
+    side.publish(WARM_UP)
+    before = side.settle()
+    began = time.perf_counter()
+    side.publish(events)
+    after = side.settle()
+    seconds = time.perf_counter() - began
+    must_be(before + after, [WARM_UP + 1] * len(before) + [WARM_UP + 1 + events + 1] * len(after))
+    return events * len(after) / seconds
+
+
+def roundtrip(side: Side, events: int) -> float:
+    """Return the median microseconds from a question to its answer, one after the other."""
+    took = []
+    for number in range(1, WARM_UP + events + 1):
+        began = time.perf_counter()
+        answers = side.ask()
+        took.append(time.perf_counter() - began)
+        must_be(answers, [number])
+    return statistics.median(took[WARM_UP:]) * 1e6
+
+
 FAMILIES = {
-    "throughput-1": Family(
-        "events/s to one subscriber",
-        300_000,
-        {"two-hop": lambda n: queue_throughput(n, 1), "mphub": lambda n: hub_throughput(n, 1)},
-    ),
-    "throughput-4": Family(
-        "deliveries/s to four subscribers",
-        100_000,
-        {"two-hop": lambda n: queue_throughput(n, 4), "mphub": lambda n: hub_throughput(n, 4)},
-    ),
-    "roundtrip": Family(
-        "us from request to result",
-        3_000,
-        {"two-hop": queue_roundtrip, "mphub": hub_roundtrip},
-        less_is_better=True,
-    ),
+    "throughput-1": Family("events/s to 1 subscriber", 300_000, 1, throughput),
+    "throughput-4": Family("deliveries/s to 4 subscribers", 300_000, 4, throughput),
+    "roundtrip": Family("us from question to answer", 5_000, 1, roundtrip, less_is_better=True),
 }
+
+
+def must_be(got: list[int], expected: list[int]) -> None:
+    """Refuse the figure of a run that lost or doubled something."""
+    if got != expected:
+        raise SystemExit(f"bench: counted {got}, expected {expected}: no figure")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the rounds of one family gave."""
+    """What the rounds of one family gave; a ratio says how many times better than the baseline mphub is."""
 
     family: str
     unit: str
     events: int
     values: dict[str, list[float]]
     ratios: list[float]
-    """mphub's advantage in each round: above 1 it is the better one."""
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.ratios)
+    ratio: float
 
 
-def compare(name: str, rounds: Sequence[dict[str, float]], events: int) -> Result:
+def compare(name: str, events: int, values: dict[str, list[float]]) -> Result:
     """Put the rounds of one family side by side."""
     family = FAMILIES[name]
-    values = {side: [found[side] for found in rounds] for side in SIDES}
-    ratios = [found["mphub"] / found["two-hop"] for found in rounds]
-    return Result(name, family.unit, events, values, [1 / r for r in ratios] if family.less_is_better else ratios)
+    better, worse = ("baseline", "mphub") if family.less_is_better else ("mphub", "baseline")
+    ratios = [a / b for a, b in zip(values[better], values[worse], strict=True)]
+    return Result(name, family.unit, events, values, ratios, statistics.median(ratios))
 
 
 def measure(name: str, rounds: int, events: int | None) -> Result:
-    """Let the sides take turns, each time in a fresh process."""
-    count = events or FAMILIES[name].events
-    return compare(name, [{side: run_one(name, side, count) for side in SIDES} for _ in range(rounds)], count)
+    """Let the sides take turns."""
+    events = events or FAMILIES[name].events
+    values: dict[str, list[float]] = {side: [] for side in SIDES}
+    for number in range(1, rounds + 1):
+        for side, found in values.items():
+            found.append(measure_apart(name, side, events))
+        print(f"{name} {number}/{rounds}:", ", ".join(f"{side} {found[-1]:,.0f}" for side, found in values.items()), file=sys.stderr)
+    return compare(name, events, values)
 
 
-def run_one(name: str, side: str, events: int) -> float:
-    command = [sys.executable, __file__, "--one", name, side, "--events", str(events)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode:
-        raise SystemExit(f"bench: {name} of {side} ended with {found.returncode}:\n{found.stderr}")
-    return float(found.stdout)
+def measure_apart(name: str, side: str, events: int) -> float:
+    """Measure in a fresh process, which leaves none behind, whatever happens."""
+    command = [sys.executable, __file__, "--one", f"{name}/{side}", "--events", str(events)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        try:
+            out, err = process.communicate(timeout=60 + events / 500)
+        except subprocess.TimeoutExpired as error:
+            raise SystemExit(f"bench: {name}/{side} has not ended after {error.timeout:.0f} s: no figure") from None
+        finally:
+            end(process)
+    if process.returncode:
+        raise SystemExit(f"bench: {name}/{side} ended with {process.returncode}: no figure\n{err}")
+    return float(json.loads(out)["value"])
 
 
-# -- telling
+def end(process: subprocess.Popen[str]) -> None:
+    """Interrupt a measurement that still runs, then kill its process group; a hub's processes follow the hub within 2 s."""
+    try:
+        if process.poll() is None:
+            process.terminate()  # which it takes for an interrupt
+            process.wait(10)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def table(results: Sequence[Result]) -> str:
-    """Format medians, the range of the rounds, and the ratio."""
-    rows = [f"{'':14}{'two-hop':>30}{'mphub':>34}{'ratio':>20}"]
-    for result in results:
-        cells = [spread(result.values[side], "{:,.0f}") for side in SIDES]
-        rows.append(f"{result.family:14}{cells[0]:>30}{cells[1]:>34}{spread(result.ratios, '{:.1f}'):>20}  {result.unit}")
+    """Lay out medians, each with the least and the greatest."""
+    rows = [f"{'median (min..max)':<18}{'baseline':>28}{'mphub':>34}{'times better':>22}"]
+    for one in results:
+        baseline, mphub = (spread(one.values[side]) for side in SIDES)
+        rows.append(f"{one.family:<18}{baseline:>28}{mphub:>34}{spread(one.ratios, '.2f'):>22}  {one.unit}")
     return "\n".join(rows)
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """Return the median, and the least and greatest."""
-    return f"{form.format(statistics.median(values))} ({form.format(min(values))}..{form.format(max(values))})"
+def spread(values: Sequence[float], form: str = ",.0f") -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}}..{max(values):{form}})"
+
+
+def as_json(results: Sequence[Result]) -> str:
+    return json.dumps({"machine": machine(), "results": [asdict(one) for one in results]}, indent=2)
 
 
 def machine() -> str:
-    """Say where and when: figures without that mean nothing."""
-    model = platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else ():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    cores = len(os.sched_getaffinity(0))
-    return f"{model}, {cores} cores, Python {platform.python_version()}, Linux {platform.release()}, {time.strftime('%Y-%m-%d')}"
+    """Say where and when: a figure without that means nothing."""
+    models = []
+    with contextlib.suppress(OSError):  # no such file on macOS
+        models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    model, kernel = models[0] if models else platform.machine(), f"{platform.system()} {platform.release()}"
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, {kernel}, {time.strftime('%Y-%m-%d')}"
 
 
-def check(results: Sequence[Result], least: float | None) -> str:
-    """Say what is wrong with the ratio of ``throughput-1``, if anything."""
-    if least is None:
-        return ""
-    for result in results:
-        if result.family == "throughput-1" and result.ratio >= least:
-            return ""
-    found = ", ".join(f"{r.family} {r.ratio:.2f}" for r in results)
-    return f"bench: the ratio of throughput-1 must be {least:g} or more; got {found}"
+def falls_short(results: Sequence[Result], least: float) -> bool:
+    """Tell whether ``throughput-1`` is below the least ratio, and say so."""
+    found = next(one.ratio for one in results if one.family == "throughput-1")
+    if found >= least:
+        return False
+    print(f"bench: got {found:.2f} times the baseline in throughput-1; expected at least {least:g}", file=sys.stderr)
+    return True
 
 
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
-    return int(text)
+def whole(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
 
 
-def family_names(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
+def families(text: str) -> list[str]:
+    for name in text.split(","):
         if name not in FAMILIES:
             raise argparse.ArgumentTypeError(f"got {name!r}; expected some of {','.join(FAMILIES)}")
-    return names
+    return text.split(",")
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--families", type=family_names, default=list(FAMILIES), help=f"comma-separated; default: {','.join(FAMILIES)}")
-    parser.add_argument("--rounds", type=positive, default=5, help="how often each side is measured; default: 5")
-    parser.add_argument("--events", type=positive, help="events a measurement; default: as much as each family needs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all values there")
-    parser.add_argument("--check", type=float, metavar="RATIO", help="exit with 1 if throughput-1 is less than so many times two-hop")
-    parser.add_argument("--one", nargs=2, metavar=("FAMILY", "SIDE"), help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; exits with 2 on nonsense."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--families", type=families, default=list(FAMILIES), metavar="A,B", help=f"default: {','.join(FAMILIES)}")
+    add("--rounds", type=whole, default=5, metavar="N", help="measurements of each side; default: 5")
+    add("--events", type=whole, metavar="N", help="events a measurement; default: as many as suit the family")
+    add("--json", metavar="FILE", help="write all values there; - for stdout, instead of the table")
+    add("--check", type=float, metavar="RATIO", help="exit with 1 if throughput-1 is less than so many times the baseline")
+    add("--one", choices=[f"{family}/{side}" for family in FAMILIES for side in SIDES], help=argparse.SUPPRESS)
+    found, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"got {unknown[0]!r}; expected --families, --rounds, --events, --json or --check")
+    if found.check is not None and "throughput-1" not in found.families:
+        parser.error(f"--check: got --families {','.join(found.families)}; expected throughput-1 among them")
+    if found.json is not None and not Path(found.json).parent.is_dir():
+        parser.error(f"--json: got {found.json!r}; expected a file in an existing folder, or -")
+    return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+def main() -> int:
+    """Measure and tell; return the exit code."""
+    options = parse()
     if options.one:
-        family, side = options.one
-        print(FAMILIES[family].sides[side](options.events))
-        return 0
+        return measure_here(options.one, options.events)
     results = [measure(name, options.rounds, options.events) for name in options.families]
-    print(machine(), table(results), sep="\n")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "results": [asdict(r) | {"ratio": r.ratio} for r in results]}, indent=2))
-    wrong = check(results, options.check)
-    if wrong:
-        print(wrong, file=sys.stderr)
-    return int(bool(wrong))
+    print(as_json(results) if options.json == "-" else f"{machine()}\n{table(results)}")
+    if options.json not in (None, "-"):
+        Path(options.json).write_text(as_json(results) + "\n")
+    return int(options.check is not None and falls_short(results, options.check))
+
+
+def measure_here(what: str, events: int | None) -> int:
+    """Measure in this process, and print the figure as a line of JSON."""
+    name, side = what.split("/")
+    family = FAMILIES[name]
+    events = events or family.events
+    with SIDES[side](family.subscribers) as opened:
+        value = family.measure(opened, events)
+    print(json.dumps({"family": name, "side": side, "events": events, "value": value}))
+    return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -56,7 +56,7 @@ def examples_of(name: str, text: str) -> Iterator[Example]:
     yield from found
 
 
-EXAMPLES = [example for page in PAGES for example in examples_of(page.stem, page.read_text())]
+EXAMPLES = [example for page in PAGES for example in examples_of(page.stem, page.read_text(encoding="utf-8"))]
 
 
 def masked(output: str) -> str:
@@ -73,25 +73,39 @@ def agrees(output: str, expected: str) -> bool:
 
 def anchors(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as they are commonly made."""
-    plain = (re.sub(r"[^\w\- ]", "", heading).strip() for heading in HEADING.findall(BLOCK.sub("", page.read_text())))
+    plain = (re.sub(r"[^\w\- ]", "", heading).strip() for heading in HEADING.findall(BLOCK.sub("", page.read_text(encoding="utf-8"))))
     return {heading.lower().replace(" ", "-") for heading in plain}
 
 
-def public_members() -> Iterator[str]:
-    """Yield what users can call or read: the names of the package, and ``Class.member`` of its classes."""
-    for name in mphub.__all__:
-        yield name
-        found = getattr(mphub, name)
-        if inspect.isclass(found):
-            yield from (f"{name}.{member}" for member in vars(found) if not member.startswith("_"))
-            yield from (f"{name}.{member}" for member in vars(found).get("__annotations__", ()) if not member.startswith("_"))
+def section_of(name: str, text: str) -> str:
+    """Return the part of the reference under the heading of a name, or else the lines that have it."""
+    found = re.search(rf"^(#+) (?:.*, )?{name}(?:,.*)?$", text, re.MULTILINE)
+    if found is None:
+        return "\n".join(line for line in text.splitlines() if f"`{name}`" in line)
+    rest = text[found.end() :]
+    end = re.search(rf"^#{{1,{len(found[1])}}} ", rest, re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
+def what_to_name(name: str) -> Iterator[str]:
+    """Yield what the reference has to say of a public name: members, parameters of functions and methods, options."""
+    found = getattr(mphub, name)
+    if inspect.isfunction(found) or name == "EventHub":
+        yield from inspect.signature(found).parameters
+    for member, value in vars(found).items() if inspect.isclass(found) else ():
+        if not member.startswith("_"):
+            yield member
+            if inspect.isfunction(value):
+                yield from list(inspect.signature(value).parameters)[1:]
+    if inspect.isclass(found):
+        yield from (field for field in vars(found).get("__annotations__", ()) if not field.startswith("_"))
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_examples_run_and_print_what_the_page_says(example: Example, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
-    script.write_text(example.code)
+    script.write_text(example.code, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(script)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=50, check=False)
@@ -104,17 +118,21 @@ def test_examples_run_and_print_what_the_page_says(example: Example, tmp_path: P
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target, anchor in LINK.findall(page.read_text()):
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
         if not target.startswith("https://"):
             there = page.parent / target if target else page
             assert there.exists(), target
             assert not anchor or anchor in anchors(there), f"{target}#{anchor}"
 
 
-def test_the_reference_has_every_public_name() -> None:
-    named = {word for code in re.findall(r"`([^`\n]+)`", REFERENCE.read_text()) for word in re.findall(r"\w+", code)}
-    missing = [name for name in public_members() if name.rpartition(".")[2] not in named]
-    assert not missing, f"not in {REFERENCE.name}: {', '.join(missing)}"
+@pytest.mark.parametrize("name", mphub.__all__)
+def test_the_reference_has_every_public_name_with_all_that_belongs_to_it(name: str) -> None:
+    section = section_of(name, REFERENCE.read_text(encoding="utf-8"))
+    assert section, f"{REFERENCE.name} has neither a heading nor a row for {name}"
+    code = re.findall(r"```.*?```|`[^`]+`", section, re.DOTALL)
+    words = {word for piece in code for word in re.findall(r"\w+", piece)}
+    missing = sorted(set(what_to_name(name)) - words)
+    assert not missing, f"{REFERENCE.name} does not say of {name}: {', '.join(missing)}"
 
 
 def test_there_are_examples_on_every_page_that_teaches() -> None:

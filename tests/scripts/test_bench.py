@@ -4,63 +4,117 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import bench
+import psutil
 import pytest
 
+from tests.helpers import eventually
+
 BENCH = Path(bench.__file__)
-ROUNDS = [{"two-hop": 100.0, "mphub": 500.0}, {"two-hop": 200.0, "mphub": 1600.0}, {"two-hop": 100.0, "mphub": 600.0}]
+VALUES = {"baseline": [100.0, 200.0, 100.0], "mphub": [500.0, 1600.0, 600.0]}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH.parents[1]), os.environ.get("PYTHONPATH", "")])}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(BENCH), *arguments]
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
-    result = bench.compare("throughput-1", ROUNDS, 10)
-    assert result.ratios == [5.0, 8.0, 6.0]
-    assert result.ratio == 6.0
-    assert result.values["mphub"] == [500.0, 1600.0, 600.0]
+    result = bench.compare("throughput-1", 10, VALUES)
+    assert (result.ratios, result.ratio, result.values) == ([5.0, 8.0, 6.0], 6.0, VALUES)
 
 
 def test_where_less_is_better_the_ratio_is_turned_round() -> None:
-    assert bench.compare("roundtrip", ROUNDS[:1], 10).ratio == pytest.approx(0.2)
+    result = bench.compare("roundtrip", 10, VALUES)
+    assert result.ratios == pytest.approx([1 / 5, 1 / 8, 1 / 6])
+    assert result.ratio == pytest.approx(1 / 6)
 
 
 def test_a_spread_is_the_median_and_its_range() -> None:
-    assert bench.spread([3.0, 1.0, 2.0], "{:.1f}") == "2.0 (1.0..3.0)"
+    assert bench.spread([3.0, 1.0, 2.25, 2.0], ".1f") == "2.1 (1.0..3.0)"
+    assert bench.spread([1234.5]) == "1,234 (1,234..1,234)"
 
 
-@pytest.mark.parametrize(("least", "good"), [(None, True), (6.0, True), (6.1, False)])
-def test_the_check_is_of_throughput_to_one(least: float | None, good: bool) -> None:
-    results = [bench.compare("roundtrip", ROUNDS, 1), bench.compare("throughput-1", ROUNDS, 1)]
-    assert (bench.check(results, least) == "") is good
+def test_the_table_has_both_sides_and_their_ratio() -> None:
+    row = bench.table([bench.compare("throughput-1", 10, VALUES)]).splitlines()[1]
+    assert row.split() == [
+        *("throughput-1", "100", "(100..200)", "600", "(500..1,600)", "6.00", "(5.00..8.00)"),
+        *bench.FAMILIES["throughput-1"].unit.split(),
+    ]
 
 
-def test_a_check_without_its_family_fails() -> None:
-    assert "6" in bench.check([bench.compare("roundtrip", ROUNDS, 1)], 6.0)
+@pytest.mark.parametrize(("least", "code"), [(None, 0), (6.0, 0), (6.1, 1), (float("nan"), 1)])
+def test_the_check_is_of_throughput_to_one(least: float | None, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"throughput-1": VALUES, "roundtrip": {"baseline": [1.0], "mphub": [1000.0]}}
+    monkeypatch.setattr(bench, "measure", lambda name, rounds, events: bench.compare(name, 10, figures[name]))
+    check = [] if least is None else ["--check", str(least)]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--families", "roundtrip,throughput-1", *check])
+    assert bench.main() == code
 
 
 def test_a_miscount_gives_no_figure() -> None:
-    with pytest.raises(SystemExit, match="counted 9, expected 10"):
-        bench.must_be(9, 10)
+    lossy = bench.Side(publish=lambda events: None, ask=lambda: [1], settle=lambda: [bench.WARM_UP + 1])
+    with pytest.raises(SystemExit, match=r"counted \[1001, 1001\], expected \[1001, 1012\]: no figure"):
+        bench.throughput(lossy, 10)
+    with pytest.raises(SystemExit, match=r"counted \[1\], expected \[2\]"):
+        bench.roundtrip(lossy, 10)
+
+
+def test_a_measurement_that_fails_gives_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "__file__", "missing.py")
+    with pytest.raises(SystemExit, match=r"throughput-1/mphub ended with 2: no figure\n.*missing\.py"):
+        bench.measure_apart("throughput-1", "mphub", 10)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--rounds", "0"], ["--families", "throughput"], ["--events", "many"], ["--check", "x"], ["--round-s"]]
+    ("arguments", "expected"),
+    [
+        (["--rounds", "0"], "got '0'; expected a whole number"),
+        (["--events", "many"], "got 'many'; expected a whole number"),
+        (["--families", "roundtrip,throughput"], "got 'throughput'; expected some of throughput-1,throughput-4,roundtrip"),
+        (["--check", "five"], "invalid float value: 'five'"),
+        (["--check", "5", "--families", "roundtrip"], "got --families roundtrip; expected throughput-1"),
+        (["--json", "no/such/folder/file"], "got 'no/such/folder/file'; expected a file in an existing folder"),
+        (["--round", "3"], "got '--round'; expected --families, --rounds,"),
+    ],
 )
-def test_a_typo_is_explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_typo_is_explained(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         bench.parse(arguments)
     assert caught.value.code == 2
-    assert arguments[-1] in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
-@pytest.mark.timeout(120)
-def test_every_family_is_measured_on_both_sides(tmp_path: Path) -> None:
-    file = tmp_path / "figures.json"
-    command = [sys.executable, str(BENCH), "--rounds", "1", "--events", "500", "--json", str(file)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH.parents[1]), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    results = json.loads(file.read_text())["results"]
+@pytest.mark.timeout(60)
+def test_every_family_is_measured_on_both_sides() -> None:
+    run = subprocess.run(
+        command("--rounds", "1", "--events", "2000", "--json", "-"), check=True, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    results = json.loads(run.stdout)["results"]
     assert [result["family"] for result in results] == list(bench.FAMILIES)
-    assert all(len(result["values"][side]) == 1 and result["values"][side][0] > 0 for result in results for side in bench.SIDES)
+    for result in results:
+        assert result["events"] == 2000
+        assert set(result["values"]) == set(bench.SIDES)
+        assert all(len(values) == 1 and values[0] > 0 for values in (*result["values"].values(), result["ratios"]))
+
+
+@pytest.mark.parametrize("side", list(bench.SIDES))
+@pytest.mark.timeout(60)
+def test_an_interrupt_leaves_no_process(side: str) -> None:
+    others = [name for name in bench.SIDES if name != side]
+    script = f"import bench; del bench.SIDES[{others[0]!r}]; bench.measure('throughput-1', 1, 50_000_000)"
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(BENCH.parent), ENVIRONMENT["PYTHONPATH"]])}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        root = psutil.Process(process.pid)
+        assert eventually(lambda: len(root.children(recursive=True)) >= 3, 20)
+        started = root.children(recursive=True)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+    assert eventually(lambda: not any(child.is_running() for child in started), 3)
