@@ -396,6 +396,29 @@ def test_a_hub_in_another_process_publishes_and_asks(method: str) -> None:
         assert hub.statistics().subscribers["k"].handled == 8
 
 
+PIPELINE = """
+    import mphub
+    hub = mphub.EventHub(name="module")
+
+    @hub.subscriber("numbers")
+    def square(n):
+        hub.publish("squares", n * n)  # the child imports this module anew: this is another hub object, which knows where it is
+
+    @hub.subscriber("squares")
+    def show(n):
+        print("square", n)
+"""
+
+
+def test_a_hub_of_a_module_publishes_in_its_handlers(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.py").write_text(textwrap.dedent(PIPELINE))
+    script = tmp_path / "main.py"
+    script.write_text("import pipeline\nwith pipeline.hub as hub:\n    hub.publish('numbers', 7)\n")
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=30, check=False)
+    assert (found.returncode, found.stdout) == (0, "square 49\n"), found.stderr
+
+
 def test_a_handle_of_a_hub_that_stopped_says_so() -> None:
     hub = EventHub()
     hub.subscribe("k", print, name="k")
