@@ -135,6 +135,12 @@ def test_the_reference_has_every_public_name_with_all_that_belongs_to_it(name: s
     assert not missing, f"{REFERENCE.name} does not say of {name}: {', '.join(missing)}"
 
 
+def test_the_architecture_has_every_module() -> None:
+    named = set(re.findall(r"`(\w+)`", (DOCS / "explanation" / "architecture.md").read_text(encoding="utf-8")))
+    modules = {path.stem for path in (ROOT / "mphub").rglob("*.py")} - {"__init__", "__main__"}
+    assert not modules - named, f"architecture.md has no place for {', '.join(sorted(modules - named))}"
+
+
 def test_there_are_examples_on_every_page_that_teaches() -> None:
     pages = {example.name.rpartition("-")[0] for example in EXAMPLES}
     assert {"README", *(page.stem for folder in ("tutorial", "how-to") for page in (DOCS / folder).glob("*.md"))} <= pages
