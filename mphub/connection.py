@@ -58,11 +58,14 @@ _confirm, _hold, _reply = decoder(Confirm), decoder(Hold), decoder(frames.Reply)
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Where a hub is: its runtime folder and the token that its peers know."""
+    """Where a hub is: its runtime folder, the token that its peers know, and the process whose hub it is."""
 
     folder: str
     token: bytes
     name: str
+    pid: int
+    started: float
+    """Seconds since the epoch, as psutil tells it: pids are used again."""
 
     @property
     def data(self) -> str:
@@ -418,8 +421,11 @@ class Connection:
             try:
                 line = self._hello()
                 first = self._first_answer(line)
-            except OSError:
-                break  # nobody holds the listening socket any more
+            except OSError:  # nobody holds the listening socket: between two supervisors
+                if not is_alive(self.address.pid, self.address.started) or time.monotonic() > deadline:
+                    break
+                time.sleep(0.01)
+                continue
             if first:
                 with self._lock:
                     self._line = line
@@ -444,6 +450,15 @@ class Connection:
             return False
         self._confirmed(_confirm.decode(got[1]))
         return True
+
+
+def is_alive(pid: int, started: float) -> bool:
+    """Say whether that very process lives (numbers are reused)."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) < 0.5 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def settle_reply(future: Reply[object], reply: frames.Reply, blobs: Blobs) -> None:

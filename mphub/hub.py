@@ -16,6 +16,8 @@ from os import getpid
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
+import psutil
+
 from mphub.connection import Address, connection_to
 from mphub.core.keys import check_key, matches, nearest
 from mphub.engine import Engine, InlineEngine, ProcessEngine
@@ -100,7 +102,7 @@ class EventHub:
         self._max_bytes = parse_share(max_bytes, boot.capacity(parent))
         self._propagate = engine == "inline" if propagate is None else propagate
         folder = parent / f"mphub-{os.getuid()}-{os.urandom(4).hex()}"
-        self._address = Address(str(folder), os.urandom(16), self.name)
+        self._address = Address(str(folder), os.urandom(16), self.name, getpid(), psutil.Process().create_time())
         self._console = Console(unmatched)
         self._subscriptions: dict[str, Subscription[Any, Any]] = {}
         self._engine: Engine | None = None

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -57,11 +58,15 @@ def make_folder(folder: Path) -> None:
 
 
 def own(folder: Path) -> IO[bytes]:
-    """Lock a folder as its owner; the file appears locked, so that an unlocked one always means a dead owner."""
-    unborn = folder / "owner.new"
-    lock = lock_file(unborn)
+    """Lock a folder as its owner, or as the heir of its dead owner.
+
+    The file appears locked, so that an unlocked one always means a dead owner. Raises BlockingIOError: the owner lives.
+    """
+    heir = (folder / "owner").exists()
+    lock = lock_file(folder / ("owner" if heir else "owner.new"))
     os.set_inheritable(lock.fileno(), False)
-    unborn.rename(folder / "owner")
+    if not heir:
+        (folder / "owner.new").rename(folder / "owner")
     return lock
 
 
@@ -85,13 +90,23 @@ def _sweep_one(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def kill_recorded(folder: Path) -> None:
-    """Kill the sessions of all children that a dead supervisor has recorded."""
+def kill_recorded(folder: Path, within: float = 2.0) -> None:
+    """Kill the sessions of all children that a dead supervisor has recorded, and wait until they are gone, at most some seconds."""
+    deadline = time.monotonic() + within
+    for pid, ticks in recorded(folder):
+        while fork.start_ticks(pid) in (0, ticks):  # not a number that was given out anew
+            fork.kill_session(pid)
+            if fork.is_gone(pid, ticks) or time.monotonic() > deadline:
+                break
+            time.sleep(0.001)
+
+
+def recorded(folder: Path) -> Iterator[tuple[int, int]]:
+    """Yield (pid, start time) of the children that are on record."""
     for record in (folder / "children").glob("*"):
         with contextlib.suppress(OSError, ValueError):
             pid, ticks = map(int, record.read_text().split())
-            if fork.start_ticks(pid) in (0, ticks):  # not a number that was given out anew
-                fork.kill_session(pid)
+            yield pid, ticks
 
 
 def launch(charter: Charter) -> subprocess.Popen[bytes]:

@@ -22,6 +22,8 @@ from mphub.wire import frames
 from mphub.wire.frames import Answer, Call, Push, decoder, encode
 from mphub.wire.stream import Line
 
+DEATHS, PERIOD = 10, 10.0
+"""Deaths of supervisors within seconds after which the hub is FAILED."""
 _answer, _push = decoder(Answer), decoder(Push)
 
 
@@ -30,23 +32,31 @@ class Client:
 
     def __init__(self, address: Address, max_bytes: int, ask: float, term: float, hear: Callable[[str, dict[str, Any]], None]) -> None:
         self.address, self._hear = address, hear
+        self.folder = Path(address.folder)
         self.states: dict[str, tuple[str, bytes, str]] = {}
         self.changed = threading.Condition()
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, Future[Any]] = {}
+        self._waiting: dict[int, tuple[Future[Any], Call]] = {}
         self._ended: Exception | None = None
+        self._closing = False
+        self._deaths: list[float] = []
         self._lock = threading.Lock()
-        boot.make_folder(Path(address.folder))
         pid = os.getpid()
+        self._charter = boot.Charter(address, pid, fork.start_ticks(pid), max_bytes, ask, term)
+        boot.make_folder(self.folder)
         try:
-            self.process = boot.launch(boot.Charter(address, pid, fork.start_ticks(pid), max_bytes, ask, term))
+            self.process, self._line = self._launch()
         except BaseException:
             remove_folder(address.folder)
             raise
-        self._line = Line.connect(address.control)
-        self._line.send(frames.HELLO_CONTROL, address.token)
         self._thread = threading.Thread(target=self._read, name="mphub-control", daemon=True)
         self._thread.start()
+
+    def _launch(self) -> tuple[subprocess.Popen[bytes], Line]:
+        process = boot.launch(self._charter)
+        line = Line.connect(self.address.control)
+        line.send(frames.HELLO_CONTROL, self.address.token)
+        return process, line
 
     def call(self, op: str, timeout: float | None = None, **args: object) -> Any:
         """Call the supervisor (or through it the router) and return the answer.
@@ -60,10 +70,10 @@ class Client:
         with self._lock:
             if self._ended is not None:
                 raise self._ended
-            number = next(self._numbers)
-            self._waiting[number] = future
-            with contextlib.suppress(OSError):  # the reader ends what waits
-                self._line.send(frames.CALL, encode(Call(number, op, args)))
+            call = Call(next(self._numbers), op, args)
+            self._waiting[call.id] = future, call
+            with contextlib.suppress(OSError):  # the next supervisor hears it again
+                self._line.send(frames.CALL, encode(call))
         return future
 
     def wait_for_state(self, name: str, wanted: Callable[[str], bool], timeout: float | None) -> tuple[str, bytes, str]:
@@ -83,6 +93,7 @@ class Client:
 
     def close(self) -> None:
         """End the hub's processes and wait for them."""
+        self._closing = True
         with contextlib.suppress(HubClosed, HubFailed, WaitTimeout):
             self.call("close", timeout=5.0)
         try:
@@ -90,30 +101,65 @@ class Client:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            boot.kill_recorded(Path(self.address.folder))
+            boot.kill_recorded(self.folder)
         self._thread.join(2.0)
         remove_folder(self.address.folder)
 
     def _read(self) -> None:
-        while (got := self._line.receive()) is not None:
-            kind, header, _ = got
-            if kind == frames.ANSWER:
-                answer = _answer.decode(header)
-                waiting = self._waiting.pop(answer.id, None)
-                if waiting is not None:
-                    waiting.set_result(answer.result)
-            elif kind == frames.PUSH:
-                push = _push.decode(header)
-                self._heard(push.what, push.args)
-        self._end(HubClosed(f"hub {self.address.name!r} is not running any more: its supervisor ended"))
-        self._line.close()
-        self._bury_supervisor()
+        """Hear one supervisor after the other."""
+        while True:
+            while (got := self._line.receive()) is not None:
+                self._take(*got)
+            self._line.close()
+            if not self._succeed():
+                return
 
-    def _bury_supervisor(self) -> None:
-        """End what a supervisor that was killed leaves: its children die with it, what they had started does not."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if self.process.wait(5.0) != 0:
-                boot.kill_recorded(Path(self.address.folder))
+    def _take(self, kind: int, header: bytes, _: bytes) -> None:
+        if kind == frames.ANSWER:
+            answer = _answer.decode(header)
+            waiting = self._waiting.pop(answer.id, None)
+            if waiting is not None:
+                waiting[0].set_result(answer.result)
+        elif kind == frames.PUSH:
+            push = _push.decode(header)
+            self._heard(push.what, push.args)
+
+    def _succeed(self) -> bool:
+        """Start a supervisor in place of one that died, unless the hub ends; say whether there is one."""
+        status = self._bury()
+        now = time.monotonic()
+        self._deaths = [t for t in self._deaths if now - t < PERIOD] + [now]
+        if self._closing or self._ended is not None or status == 0:
+            self._end(HubClosed(f"hub {self.address.name!r} is not running any more: its supervisor ended"))
+            return False
+        word = fork.exit_word(status)
+        if len(self._deaths) >= DEATHS:
+            self._end(HubFailed(f"the supervisor died {DEATHS} times in {PERIOD:.0f} s, last with {word}"))
+            return False
+        message = f"the supervisor (pid {self.process.pid}) ended with {word}; its successor takes over, the subscribers start anew"
+        self._hear("notice", {"kind": "death", "subscriber": None, "message": message, "details": {}})
+        try:
+            process, line = self._launch()
+        except Exception as error:
+            self._end(HubFailed(f"the supervisor ended with {word}, and no successor could be started: {error}"))
+            return False
+        with self._lock:
+            self.process, self._line = process, line
+            for _, call in self._waiting.values():
+                with contextlib.suppress(OSError):
+                    line.send(frames.CALL, encode(call))
+        return True
+
+    def _bury(self) -> int:
+        """Reap a supervisor and end what it leaves: its children die with it, what they had started does not. Return its wait status."""
+        try:
+            code = self.process.wait(5.0)
+        except subprocess.TimeoutExpired:  # it closed its end, and lives
+            self.process.kill()
+            code = self.process.wait()
+        if code:
+            boot.kill_recorded(self.folder)
+        return code << 8 if code >= 0 else -code
 
     def _heard(self, what: str, args: dict[str, Any]) -> None:
         if what == "state":
@@ -130,7 +176,7 @@ class Client:
             if self._ended is None:
                 self._ended = reason
             waiting, self._waiting = list(self._waiting.values()), {}
-        for future in waiting:
+        for future, _ in waiting:
             future.set_exception(self._ended)
         with self.changed:
             self.changed.notify_all()

@@ -18,7 +18,7 @@ from mphub.core.keys import nearest
 from mphub.core.rows import Row
 from mphub.core.table import RoutingTable
 from mphub.procs.letters import Cause, Letters
-from mphub.procs.mailbox import Mailbox, single_portion
+from mphub.procs.mailbox import LASTING, Mailbox, single_portion
 from mphub.procs.recovery import recover
 from mphub.store.blobs import Blobs, References
 from mphub.store.board import Board
@@ -137,14 +137,18 @@ class Exchange:
 
     def unsubscribe(self, name: str) -> None:
         """Route nothing more to a subscriber."""
-        self.table.remove(self.boxes[name])
+        if name in self.boxes:
+            self.table.remove(self.boxes[name])
 
     def forget(self, name: str, reason: str) -> None:
         """Drop what waits for a subscriber whose process is gone, and the subscriber; its books stay."""
-        box = self.boxes[name]
+        box = self.boxes.get(name)
+        if box is None:  # the call is repeated
+            return
         self.drop_pending(box, reason)
         box.status = "STOPPED"
-        self.journal.delete("subscribers", b"d" + name.encode())
+        for kind in (b"d", b"t"):
+            self.journal.delete("subscribers", kind + name.encode())
 
     def drop_pending(self, box: Mailbox, reason: str) -> int:
         """Drop everything that waits, counted; requests end with Dropped."""
@@ -167,7 +171,13 @@ class Exchange:
         return count
 
     def set_status(self, name: str, status: str) -> None:
-        box = self.boxes[name]
+        box = self.boxes.get(name)
+        if box is None:
+            return
+        if status in LASTING:
+            self.journal.put("subscribers", b"t" + name.encode(), status.encode())
+        elif box.status in LASTING:
+            self.journal.delete("subscribers", b"t" + name.encode())
         box.status = status
         box.update_full()
         if status == "FATAL":

@@ -148,6 +148,12 @@ def kill_children(within: float = 1.5) -> None:
                 os.waitpid(pid, 0)
 
 
+def is_gone(pid: int, ticks: int) -> bool:
+    """Say whether that very process has ended, reaped or not."""
+    fields = stat_fields(pid)
+    return not fields or fields[0] in "ZX" or int(fields[19]) != ticks
+
+
 def is_same(pid: int, ticks: int) -> bool:
     return ticks != 0 and start_ticks(pid) == ticks
 

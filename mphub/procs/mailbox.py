@@ -20,6 +20,9 @@ WINDOW_BYTES = 8_000_000
 STUCK = ("FATAL", "PAUSED", "STOPPED", "FROZEN")
 """States in which a subscriber never holds a publisher."""
 
+LASTING = ("FATAL", "PAUSED", "STOPPED")
+"""States that outlive supervisor and router."""
+
 
 @dataclass(eq=False)
 class Mailbox:

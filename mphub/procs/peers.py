@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import psutil
-
 from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING, Held
 from mphub.procs.mailbox import Mailbox
 from mphub.store.board import Board
@@ -82,11 +80,3 @@ def running_of(seat: Seat) -> int:
 
 def unpack_ids(ids: list[bytes] | None) -> set[int] | None:
     return None if ids is None else {int.from_bytes(i, "big") for i in ids}
-
-
-def is_alive(pid: int, started: float) -> bool:
-    """Say whether that very process lives (numbers are reused)."""
-    try:
-        return abs(psutil.Process(pid).create_time() - started) < 0.5
-    except psutil.Error:
-        return False

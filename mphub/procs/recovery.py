@@ -44,6 +44,9 @@ def load_box(exchange: Exchange, spec: Spec, name: bytes) -> None:
     state = _state.decode(value) if value is not None else SubscriberState(len(exchange.boxes) + 1, exchange.next_row, Counters())
     box = Mailbox.make(spec, state, exchange.admitted)
     exchange.boxes[spec.name] = box
+    status = exchange.journal.get("subscribers", b"t" + name)
+    if status is not None:
+        box.status = status.decode()
     for pattern in spec.patterns:
         exchange.table.add(pattern, box)
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import msgspec
 
+from mphub.connection import is_alive
 from mphub.core.delivery import Held
 from mphub.observe.limiter import Limiter
 from mphub.procs.exchange import SETTLED, Exchange
 from mphub.procs.letters import Cause
-from mphub.procs.peers import PublisherPeer, Seat, body_of, check_batch, is_alive, running_of, unpack_ids
+from mphub.procs.peers import PublisherPeer, Seat, body_of, check_batch, running_of, unpack_ids
 from mphub.store.blobs import Blobs
 from mphub.store.board import Board
 from mphub.store.journal import Journal
@@ -335,6 +336,10 @@ class Router:
     def do_subscribe(self, spec: bytes) -> None:
         self.exchange.subscribe(_spec.decode(spec))
 
+    def do_specs(self) -> list[tuple[bytes, str]]:
+        """Tell what is subscribed, and its lasting state, to a new supervisor."""
+        return [(encode(box.spec), box.status) for box in self.exchange.boxes.values() if box.spec.patterns]
+
     def do_stop_routing(self, name: str) -> None:
         self.exchange.unsubscribe(name)
 
@@ -350,9 +355,9 @@ class Router:
 
     def do_started(self, name: str, incarnation: int, board: str, live: bool) -> None:
         """Seat an incarnation; a live one (this router is a successor) has yet to say what it holds."""
-        if self.exchange.frames.get(incarnation, (0, 0))[0] == SETTLED:
+        box = self.exchange.boxes.get(name)
+        if box is None or self.exchange.frames.get(incarnation, (0, 0))[0] == SETTLED:
             return
-        box = self.exchange.boxes[name]
         seat = Seat(incarnation, box, Board(board))
         seat.told, _ = self.exchange.frames.get(incarnation, (0, 0))
         self.seats[incarnation] = seat

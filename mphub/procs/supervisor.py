@@ -19,7 +19,8 @@ from mphub.procs import boot, fork
 from mphub.procs.boot import Charter
 from mphub.procs.desk import Desk, Reply
 from mphub.procs.link import Link
-from mphub.procs.wards import Child, Tail, Ward, make_child
+from mphub.procs.mailbox import LASTING
+from mphub.procs.wards import Child, Ward, make_child, orphans, tails
 from mphub.procs.worker import run_worker
 from mphub.wire.frames import Answer, Call, Push, decoder
 from mphub.wire.specs import Spec
@@ -45,18 +46,41 @@ class Supervisor:
         self.data = listen(self.address.data)
         self.desk = Desk(listen(self.address.control), self.address.token, self.selector, self._serve)
         self.wards: dict[str, Ward] = {}
-        self.unsettled: dict[int, Child] = {}
+        self.unsettled = {child.incarnation: child for child in orphans(self.folder)}
         """By incarnation: reaped, but the router has not said yet that its events are settled."""
         self.farewells: list[tuple[list[Ward], Reply]] = []
         self.held: dict[str, float] = {}
         """Since when publishers wait for whom."""
         self.named: set[str] = set()
         """Those of them that a notice has named."""
+        self.early: list[tuple[Call, Reply]] | None = []
+        """Calls that came before the journal had said who is subscribed."""
         self.stopping = False
         self.next_tick = 0.0
         self._watch_hub()
         gc.freeze()  # the template's objects are shared with every child
         self.link = Link(self)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Settle what a dead supervisor's children held, charged to nobody, and start what the journal says is subscribed."""
+        for child in self.unsettled.values():
+            self._tell_output(child, last=True)
+            self._settle(child, "none", {"reason": "crash"})
+
+        def adopt(found: list[tuple[bytes, str]]) -> None:
+            early, self.early = self.early or [], None
+            for encoded, status in found:
+                spec = _spec.decode(encoded)
+                ward = self.wards[spec.name] = Ward(spec, RestartCounter(spec.restart))
+                if status in LASTING:
+                    self._set_state(ward, status)
+                else:
+                    self._start(ward)
+            for call, reply in early:
+                self._serve(call, reply)
+
+        self.link.ask("specs", adopt)
 
     def run(self) -> None:
         """Supervise until the hub says close or is dead; then leave nothing behind."""
@@ -142,8 +166,6 @@ class Supervisor:
                 self._tell_started(link, ward.child, live=True)
                 if ward.child.ending in ("stop", "restart"):
                     link.tell("stop_worker", incarnation=ward.child.incarnation)
-            if ward.state in ("FATAL", "PAUSED", "STOPPED"):
-                link.tell("status", name=ward.name, status=ward.state)
 
     def _tell_started(self, link: Link, child: Child, *, live: bool) -> None:
         link.tell("started", name=child.name, incarnation=child.incarnation, board=str(child.board.path), live=live)
@@ -201,7 +223,7 @@ class Supervisor:
         incarnation, board = make_child(ward.name, self.folder)
         logs = self.folder / "logs" / f"{incarnation:x}"
         spec, address = ward.spec, self.address
-        child = Child(ward.name, incarnation, 0, -1, board, self.folder, {s: Tail(Path(f"{logs}.{s}")) for s in ("out", "err")})
+        child = Child(ward.name, incarnation, 0, -1, board, self.folder, tails(logs))
         self._tell_started(self.link, child, live=False)  # before the fork: the router must know whom it meets
 
         def run() -> int:
@@ -227,17 +249,18 @@ class Supervisor:
         by_itself = child.ending in (None, "limit", "start_timeout")
         exit_ = fork.exit_word(status)
         error, text = child.last_words()
-        self._settle(ward, child, exit_, text if not error else "", usage.ru_maxrss * 1024)
+        charge = {None: "running", "limit": "slot"}.get(child.ending, "none")
+        cause: dict[str, object] = {
+            "reason": "timeout" if child.ending == "limit" else "crash", "exit": exit_, "pid": child.pid,
+            "traceback": text if not error else "", "rss": usage.ru_maxrss * 1024, "seconds": ward.spec.limits.timeout or 0.0,
+        }  # fmt: skip
+        self._settle(child, charge, cause)
         if error or not child.ready:
             ward.error = (error, text)
         self._decide(ward, child, exit_, finished=finished, by_itself=by_itself)
 
-    def _settle(self, ward: Ward, child: Child, exit_: str | int, text: str, rss: int) -> None:
-        charge = {None: "running", "limit": "slot"}.get(child.ending, "none")
-        cause = {
-            "reason": "timeout" if child.ending == "limit" else "crash", "exit": exit_, "pid": child.pid,
-            "traceback": text, "rss": rss, "seconds": ward.spec.limits.timeout or 0.0,
-        }  # fmt: skip
+    def _settle(self, child: Child, charge: str, cause: dict[str, object]) -> None:
+        """Let the router settle what a dead process held, then forget it."""
 
         def settled(_: object) -> None:
             del self.unsettled[child.incarnation]
@@ -334,7 +357,9 @@ class Supervisor:
     def _serve(self, call: Call, reply: Reply) -> None:
         """Do what a client asks, or let the router do it."""
         op: Callable[..., None] | None = getattr(self, f"do_{call.op}", None)
-        if op is not None:
+        if self.early is not None:
+            self.early.append((call, reply))
+        elif op is not None:
             op(reply, **call.args)
         else:
             self.link.ask(call.op, reply, **call.args)
@@ -344,15 +369,19 @@ class Supervisor:
         found = _spec.decode(spec)
 
         def committed(_: object) -> None:
-            ward = self.wards[found.name] = Ward(found, RestartCounter(found.restart))
             answer()
-            self._start(ward)
+            if found.name not in self.wards:  # else the call is repeated: its answer was lost with a supervisor
+                ward = self.wards[found.name] = Ward(found, RestartCounter(found.restart))
+                self._start(ward)
 
         self.link.ask("subscribe", committed, spec=spec)
 
     def do_unsubscribe(self, answer: Reply, name: str) -> None:
         """End a subscriber's process and drop what still waits for it."""
-        ward = self.wards[name]
+        ward = self.wards.get(name)
+        if ward is None:  # repeated
+            answer()
+            return
         ward.leaving = True
         ward.start_at = None
 
@@ -364,7 +393,10 @@ class Supervisor:
 
     def do_restart(self, answer: Reply, name: str) -> None:
         """Start a subscriber's process anew; charged to nobody."""
-        ward = self.wards[name]
+        ward = self.wards.get(name)
+        if ward is None:  # unsubscribed meanwhile
+            answer()
+            return
         ward.counter.reset()
         if ward.child is not None:
             if ward.child.ending is None:
@@ -442,6 +474,8 @@ class Supervisor:
 
 
 def listen(address: str) -> socket.socket:
+    with contextlib.suppress(FileNotFoundError):  # that of a dead supervisor
+        os.unlink(address)
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(address)
     os.chmod(address, 0o600)

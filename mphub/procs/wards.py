@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ class Child:
 
     @property
     def record(self) -> Path:
-        return self.folder / "children" / f"{self.incarnation:x}"
+        return self.folder / "children" / f"{self.incarnation:x}.{self.name}"
 
     def sample(self, now: float) -> tuple[int, float] | None:
         """Note what runs; return (slot, seconds since it was first seen)."""
@@ -147,6 +148,19 @@ class Ward:
         cpu, rss = self.child.measure() if self.child else (0.0, 0)
         pids = [self.child.pid] if self.child else []
         return {"state": self.state, "pids": pids, "restarts": self.restarts, "cpu": cpu, "rss": rss}
+
+
+def orphans(folder: Path) -> Iterator[Child]:
+    """Yield what a dead supervisor's children have left: their boards say what became of their events."""
+    for record in (folder / "children").glob("*.*"):
+        number, _, name = record.name.partition(".")
+        board, logs = folder / "boards" / number, folder / "logs" / number
+        if board.exists():
+            yield Child(name, int(number, 16), 0, -1, Board(board), folder, tails(logs))
+
+
+def tails(logs: Path) -> dict[str, Tail]:
+    return {stream: Tail(Path(f"{logs}.{stream}")) for stream in ("out", "err")}
 
 
 def make_child(name: str, folder: Path) -> tuple[int, Board]:

@@ -227,6 +227,60 @@ def test_random_kills_of_subscribers_and_router_lose_nothing(tmp_path: Path) -> 
         assert each.accepted == each.handled == count
 
 
+@pytest.mark.timeout(120)
+def test_nothing_is_lost_repeated_or_charged_when_the_supervisor_dies(tmp_path: Path) -> None:
+    log, count = tmp_path / "log", 2000
+    hub = EventHub()
+    hub.subscribe("k", lambda n: n, name="pass", to="next")
+    hub.subscribe("next", lambda n: note(log, f"{n} {mphub.current_event().attempt}"), name="log")
+    counter = hub.subscribe("next", Counter, snapshot=Snapshot(every=100, period=0.05))
+    with hub:
+        for part in range(5):
+            hub.publish_batch("k", range(part * count, (part + 1) * count))
+            before = hub.statistics().pids["supervisor"]
+            os.kill(before, signal.SIGKILL)
+            assert hub.statistics().pids["supervisor"] != before
+        hub.drain(60)
+        total = counter.request(0).result(10)
+        found = hub.statistics().subscribers
+    rows = [tuple(map(int, row.split())) for row in lines(log)]
+    assert {attempt for _, attempt in rows} == {1}
+    firsts = list(dict.fromkeys(n for n, _ in rows))
+    assert firsts == list(range(5 * count))
+    assert len(rows) - len(firsts) <= 5, "only what ran at a death runs again"
+    assert total == sum(range(5 * count))
+    assert found["pass"].handled == found["log"].handled == 5 * count
+
+
+def test_calls_that_wait_are_answered_by_the_next_supervisor() -> None:
+    hub = EventHub()
+    hub.subscribe("k", time.sleep, name="slow")
+    with hub:
+        reply = hub.request("k", 0.5)
+        os.kill(hub.statistics().pids["supervisor"], signal.SIGKILL)
+        late = hub.subscribe("late", lambda n: n + 1, name="late")
+        assert late.request(1).result(10) == 2
+        assert reply.result(10) is None
+        os.kill(hub.statistics().pids["supervisor"], signal.SIGKILL)
+        hub.drain(20)
+        late.unsubscribe()
+        os.kill(hub.statistics().pids["supervisor"], signal.SIGKILL)
+        assert list(hub.statistics().subscribers) == ["slow"]
+
+
+def test_a_fatal_one_stays_fatal_under_the_next_supervisor() -> None:
+    hub = EventHub(check=False)
+    broken = hub.subscribe("k", lambda n: os._exit(1), name="k", restart=Restart(max_restarts=0))
+    with hub:
+        hub.publish("k", 1)
+        assert eventually(lambda: broken.state == "FATAL", 10)
+        os.kill(hub.statistics().pids["supervisor"], signal.SIGKILL)
+        with pytest.raises(mphub.SubscriberFatal):
+            hub.drain(20)
+        assert broken.statistics().pids == ()
+        hub.stop(drain=False)
+
+
 @pytest.mark.parametrize("victim", ["hub", "supervisor"])
 def test_nothing_lives_on_when_hub_or_supervisor_is_killed(victim: str, tmp_path: Path) -> None:
     script = (
