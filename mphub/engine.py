@@ -54,6 +54,7 @@ class Engine(Protocol):
     def dead_letters(self, name: str | None) -> list[DeadLetter]: ...
     def redrive(self, name: str | None, ids: Collection[int] | None) -> int: ...
     def purge(self, name: str | None, ids: Collection[int] | None) -> int: ...
+    def check(self) -> None: ...
     def stop_subscribers(self) -> int: ...
     def close(self) -> None: ...
 
@@ -124,7 +125,7 @@ class ProcessEngine:
                 tell(progress_of(self.statistics(), began))
         self.console.flush(TOLD_WITHIN)  # what handlers printed until now
         for name, status in result["statuses"].items():
-            raise (SubscriberFatal if status == "FATAL" else SubscriberPaused)(name)
+            raise SubscriberPaused(name) if status == "PAUSED" else SubscriberFatal(name, status)
 
     def _time_is_up(self, timeout: float | None) -> None:
         pending = {n: s.waiting + s.running for n, s in self.statistics().subscribers.items() if s.waiting + s.running}
@@ -154,6 +155,10 @@ class ProcessEngine:
 
     def purge(self, name: str | None, ids: Collection[int] | None) -> int:
         return int(self.client.call("purge", name=name, ids=packed(ids)))
+
+    def check(self) -> None:
+        """Raise HubFailed or HubClosed if the hub's processes are over."""
+        self.client.check()
 
     def stop_subscribers(self) -> int:
         """End the subscribers; return how many events are given up."""
@@ -241,6 +246,9 @@ class InlineEngine:
     def purge(self, name: str | None, ids: Collection[int] | None) -> int:
         with self.inline.exchange.turn():
             return self.inline.exchange.letters.purge(name, None if ids is None else set(ids))
+
+    def check(self) -> None:
+        """Nothing can be over but the caller."""
 
     def stop_subscribers(self) -> int:
         return self.inline.stop()

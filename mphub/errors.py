@@ -104,27 +104,29 @@ class Dropped(WorkError):
         return f"the event was dropped: {self.reason}"
 
 
-class _Named(WorkError):
-    state = ""
+class SubscriberFatal(WorkError):
+    """A subscriber is not started any more and has work left; ``hub.subscription(name).restart()`` tries again.
+
+    ``state``: FATAL after too many deaths in a row; STOPPED if its ``Restart.mode`` says so.
+    """
+
+    def __init__(self, name: str, state: str = "FATAL") -> None:
+        super().__init__(name, state)
+        self.name, self.state = name, state
+
+    def __str__(self) -> str:
+        return f"subscriber {self.name!r} is {self.state} with work left: mend the cause, then hub.subscription({self.name!r}).restart()"
+
+
+class SubscriberPaused(WorkError):
+    """A subscriber is paused with work left."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
 
     def __str__(self) -> str:
-        return f"subscriber {self.name!r} is {self.state} with work left"
-
-
-class SubscriberFatal(_Named):
-    """A subscriber died too often in a row; ``hub.subscription(name).restart()`` tries again."""
-
-    state = "FATAL"
-
-
-class SubscriberPaused(_Named):
-    """A subscriber is paused with work left."""
-
-    state = "PAUSED"
+        return f"subscriber {self.name!r} is PAUSED with work left"
 
 
 class DeadLettersLeft(WorkError):

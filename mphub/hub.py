@@ -27,6 +27,7 @@ from mphub.errors import (
     HubClosed,
     HubError,
     InvalidOption,
+    MphubError,
     NameTaken,
     NoSubscriber,
     StartFailed,
@@ -248,9 +249,10 @@ class EventHub:
             if self._engine is None:
                 self.start(wait=False)
             while not asked and self._engine is not None:
+                self._engine.check()
                 signal.sigtimedwait((), 0.2)
             self.stop(timeout=drain_timeout)
-        except (KeyboardInterrupt, HubError, TimeoutError) as error:
+        except (KeyboardInterrupt, MphubError) as error:
             if not isinstance(error, KeyboardInterrupt):
                 log.error("%s", error)
             self.stop(drain=False)
@@ -322,6 +324,8 @@ class EventHub:
         refuse_unavailable(replicas=(replicas, 1), ordered=(ordered, False), concurrency=(concurrency, 1), process=(process, None))
         refuse_unavailable(batch=(batch, None), where=(where, None), rate=(rate, None), recycle=(recycle, None))
         refuse_unavailable(env=(env or None, None), replace=(replace, False), start=(start, "new"))
+        if self._kind == "inline" and limits.timeout is not None:
+            raise InvalidOption("limits(timeout): the inline engine runs handlers in your thread and cannot end one; use engine='process'")
         if not (holder.context is not None and self._engine is None and is_importing()):
             self._must_own("subscribe")
         with self._lock:
@@ -531,18 +535,29 @@ class EventHub:
         self._console.callbacks.append(callback)
 
     def dead_letters(self, name: str | None = None) -> list[DeadLetter]:
-        """Return dead letters, of one subscriber or all, oldest first."""
+        """Return dead letters, of one subscriber or all, oldest first.
+
+        Raises NoSubscriber: none is or was called so.
+        """
+        self._known(name)
         if self._engine is None and self._final is not None:
             return [letter for letter in self._final[1] if name is None or letter.subscriber == name]
         return self._running("dead_letters").dead_letters(name)
 
     def redrive(self, name: str | None = None, ids: Collection[int] | None = None) -> int:
         """Let dead letters wait again with a fresh count of attempts; return how many."""
-        return self._running("redrive").redrive(name, ids)
+        return self._running("redrive").redrive(self._known(name), ids)
 
     def purge(self, name: str | None = None, ids: Collection[int] | None = None) -> int:
         """Drop dead letters, counted as ``purged``; return how many."""
-        return self._running("purge").purge(name, ids)
+        return self._running("purge").purge(self._known(name), ids)
+
+    def _known(self, name: str | None) -> str | None:
+        """Return the name of somebody who is or was subscribed in this run, or None for all."""
+        if name is None or name in self._subscriptions or name in self.statistics().subscribers:
+            return name
+        near = nearest(str(name), self._subscriptions)
+        raise NoSubscriber(f"name: got {name!r}, which nobody is called" + (f"; did you mean {near!r}?" if near else ""))
 
     # -- for Subscription
 
@@ -559,12 +574,14 @@ class EventHub:
     def _restart(self, name: str) -> None:
         self._running("restart").restart(name)
 
-    def _unsubscribe(self, name: str, *, drain: bool) -> None:
+    def _unsubscribe(self, subscription: Subscription[Any, Any], *, drain: bool) -> None:
         self._must_own("unsubscribe")
-        with self._lock:
-            if self._engine is not None:
-                self._engine.unsubscribe(name, drain=drain)
-            del self._subscriptions[name]
+        name = subscription.name
+        if self._subscriptions.get(name) is not subscription:
+            return  # done before
+        if self._engine is not None:
+            self._engine.unsubscribe(name, drain=drain)
+        self._subscriptions.pop(name, None)
 
     # -- where am I
 

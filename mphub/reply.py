@@ -96,7 +96,7 @@ def failure_of(outcome: str, body: bytes) -> BaseException:
     makers: dict[str, Callable[[], BaseException]] = {
         "crashed": lambda: HandlerCrashed(*detail),
         "timeout": lambda: HandlerTimeout(detail),
-        "fatal": lambda: SubscriberFatal(detail),
+        "fatal": lambda: SubscriberFatal(*detail),
         "dropped": lambda: Dropped(detail),
         "nobody": lambda: NoSubscriber(detail),
         "ambiguous": lambda: AmbiguousKey(detail),

@@ -60,7 +60,7 @@ class Subscription(Generic[T, R]):
 
     def unsubscribe(self, *, drain: bool = True, forget: bool = False) -> None:
         """Route nothing more to it, let it finish what waits (or drop that, counted as ``unsubscribed``), and end it."""
-        self._hub._unsubscribe(self.name, drain=drain)
+        self._hub._unsubscribe(self, drain=drain)
 
     def statistics(self) -> SubscriberStatistics:
         return self._hub.statistics().subscribers[self.name]

@@ -76,6 +76,11 @@ class Client:
                 self._line.send(frames.CALL, encode(call))
         return future
 
+    def check(self) -> None:
+        """Raise why there is no supervisor any more, if so."""
+        if self._ended is not None:
+            raise self._ended
+
     def wait_for_state(self, name: str, wanted: Callable[[str], bool], timeout: float | None) -> tuple[str, bytes, str]:
         """Wait until a subscriber's state pleases; return (state, error, traceback).
 

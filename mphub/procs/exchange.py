@@ -180,7 +180,7 @@ class Exchange:
             self.journal.delete("subscribers", b"t" + name.encode())
         box.status = status
         box.update_full()
-        if status == "FATAL":
+        if box.given_up:
             self._fail_requests(box)
 
     def _fail_requests(self, box: Mailbox) -> None:
@@ -192,7 +192,7 @@ class Exchange:
     def _fail_request(self, box: Mailbox, portion: Portion, spans: Spans) -> None:
         for a, b in spans:
             for index in range(a, b):
-                self.letters.answer(portion.row, index, "fatal", encode(box.name))
+                self.letters.answer(portion.row, index, "fatal", encode((box.name, box.status)))
         box.counters.dead += length(spans)
         self.settle(box, portion, list(spans))
 
@@ -304,7 +304,7 @@ class Exchange:
         room = box.room() if box.bounces else row.count
         box.account(portion)
         self.touch(box)
-        if row.batch.reply and box.status == "FATAL":
+        if row.batch.reply and box.given_up:
             self._fail_request(box, portion, spans)
         elif room < portion.count:
             self._bounce(box, portion, room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
@@ -99,8 +100,9 @@ class Link:
         """Let what was told be written, and give the router a moment to say goodbye to publishers."""
         while self.stream.out and time.monotonic() < deadline:
             self.stream.flush()
-        while time.monotonic() < deadline and not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            time.sleep(0.002)
+        with contextlib.suppress(ChildProcessError):  # it is dead and reaped
+            while time.monotonic() < deadline and not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                time.sleep(0.002)
 
 
 def run_router(folder: Path, token: bytes, listener: socket.socket, link: socket.socket, max_bytes: int) -> int:

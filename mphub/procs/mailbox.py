@@ -73,6 +73,11 @@ class Mailbox:
         return self.status in STUCK
 
     @property
+    def given_up(self) -> bool:
+        """Say whether nobody will start it again unasked."""
+        return self.status in ("FATAL", "STOPPED")
+
+    @property
     def bounces(self) -> bool:
         """Say whether what exceeds the inbox becomes a dead letter instead of a wait."""
         return self.stuck or self.spec.inbox.overflow == "dead_letter"

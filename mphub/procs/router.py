@@ -18,6 +18,7 @@ from mphub.core.delivery import Held
 from mphub.observe.limiter import Limiter
 from mphub.procs.exchange import SETTLED, Exchange
 from mphub.procs.letters import Cause
+from mphub.procs.mailbox import LASTING
 from mphub.procs.peers import PublisherPeer, Seat, body_of, check_batch, running_of, unpack_ids
 from mphub.store.blobs import Blobs
 from mphub.store.board import Board
@@ -443,7 +444,7 @@ class Router:
         """Send answers of this turn, the news, and to drains that are through."""
         for number, epoch in list(self.drains):
             left = self.exchange.left_until(epoch)
-            stuck = {name: count for name, count in left.items() if self.exchange.boxes[name].status in ("FATAL", "PAUSED")}
+            stuck = {name: count for name, count in left.items() if self.exchange.boxes[name].status in LASTING}
             if len(stuck) == len(left):
                 self.drains.remove((number, epoch))
                 statuses = {name: self.exchange.boxes[name].status for name in stuck}

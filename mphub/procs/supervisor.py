@@ -128,7 +128,7 @@ class Supervisor:
             self._end(child, "start_timeout", [(0.0, signal.SIGABRT), (0.5, signal.SIGKILL)])
         if limits.timeout is not None and child.ready and child.ending is None:
             self._check_limit(child, limits.timeout, now)
-        if ward.name in self.held or ward.state == "FROZEN":
+        if ward.name in self.held or child.frozen:
             self._check_frozen(ward, child, now)
 
     def _check_limit(self, child: Child, timeout: float, now: float) -> None:
@@ -143,13 +143,13 @@ class Supervisor:
         """A stopped process (state T) holds no publisher after 5 s."""
         if not child.is_frozen():
             child.frozen_since = None
-            if ward.state == "FROZEN":
-                ward.state = "RUNNING"
-                self.link.tell("status", name=ward.name, status="RUNNING")
+            if child.frozen:
+                child.frozen = False
+                self.link.tell("status", name=ward.name, status=ward.state)
             return
         child.frozen_since = child.frozen_since or now
         if now - child.frozen_since >= FROZEN_AFTER and ward.state == "RUNNING":
-            ward.state = "FROZEN"
+            child.frozen = True
             self.link.tell("status", name=ward.name, status="FROZEN")
 
     # -- the router
@@ -273,7 +273,7 @@ class Supervisor:
 
     def _decide(self, ward: Ward, child: Child, exit_: str | int, *, finished: bool, by_itself: bool) -> None:
         if child.ending == "stop" or ward.leaving:
-            self._set_state(ward, "STOPPED")
+            self._set_state(ward, "STOPPED", lasting=False)
             return
         decision = ward.counter.died(finished_any=finished, by_itself=by_itself, exit_ok=exit_ == 0)
         if by_itself:
@@ -294,9 +294,11 @@ class Supervisor:
         else:
             self._set_state(ward, decision.state)
 
-    def _set_state(self, ward: Ward, state: str) -> None:
+    def _set_state(self, ward: Ward, state: str, *, lasting: bool = True) -> None:
+        """Tell hub and router; not the router if the hub ends: then what waits is dropped, not left waiting."""
         ward.state = state
-        self.link.tell("status", name=ward.name, status=state)
+        if lasting:
+            self.link.tell("status", name=ward.name, status=state)
         error, text = ward.error
         if state != "FATAL":
             error, text = b"", ""
@@ -447,7 +449,7 @@ class Supervisor:
         for ward in wards:
             ward.start_at = None
             if ward.child is None:
-                self._set_state(ward, "STOPPED")
+                self._set_state(ward, "STOPPED", lasting=False)
             else:
                 self._set_state(ward, "STOPPING")
                 self._ask_to_stop(ward.child, "stop")

@@ -71,6 +71,8 @@ class Child:
     running_since: tuple[int, float] | None = None
     """(slot, when it was first seen running)."""
     frozen_since: float | None = None
+    frozen: bool = False
+    """The router knows that it holds no publisher."""
     rss: int = 0
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import signal
 import threading
 import time
@@ -402,6 +403,8 @@ def _raise_stopped(*_: object) -> None:
 
 def run_worker(address: Address, spec: Spec, incarnation: int, board: Path, crash: Path) -> int:
     """Be a subscriber's process; return its exit code. What ``setup`` raised is left in the crash file."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("mphub.subscriber").setLevel(logging.INFO)
     with open(crash, "wb", buffering=0) as file:
         faulthandler.enable(file)
         worker = Worker(address, spec, incarnation, board)

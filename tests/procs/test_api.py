@@ -544,3 +544,58 @@ def test_an_inbox_of_a_stopped_process_never_holds_its_publisher() -> None:
         assert (found.waiting, found.dead) == (5, 46)
         assert {letter.reason for letter in broken.dead_letters()} == {"overflow"}
         hub.stop(drain=False)
+
+
+def test_unsubscribing_twice_and_restarting_what_is_gone_harms_nobody() -> None:
+    hub = EventHub()
+    gone = hub.subscribe("k", Adder, name="gone")
+    hub.subscribe("k", Adder, name="stays")
+    with hub:
+        gone.unsubscribe()
+        gone.unsubscribe()
+        gone.restart()
+        assert hub.request("k", 1).result(10) == 2
+        with pytest.raises(mphub.NoSubscriber, match="did you mean 'stays'"):
+            hub.redrive("stay")
+
+
+@pytest.mark.parametrize(("mode", "code"), [("never", 1), ("on-failure", 0)])
+def test_one_that_is_not_to_be_restarted_ends_drains_and_requests(mode: str, code: int) -> None:
+    hub = EventHub(check=False)
+    once = hub.subscribe("k", lambda n: os._exit(code), name="once", restart=Restart(mode), retry=Retry(5))
+    with hub:
+        hub.publish("k", 1)
+        with pytest.raises(mphub.SubscriberFatal, match="is STOPPED with work left"):
+            hub.drain(20)
+        with pytest.raises(mphub.SubscriberFatal):
+            once.request(2).result(10)
+        assert once.statistics().waiting == 1
+        hub.stop(drain=False)
+
+
+def test_run_ends_with_one_when_work_is_left_or_the_hub_has_failed() -> None:
+    process = run_script(RUN.replace("time.sleep", "lambda n: __import__('os')._exit(1)").replace("* 3", "* 30"), "1")
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=40)
+    assert (process.returncode, out) == (1, "code 1\n"), err
+
+
+def test_a_subscribers_own_log_is_seen(capfd: pytest.CaptureFixture[str]) -> None:
+    class Talker(Subscriber[str, None]):
+        def handle(self, payload: str) -> None:
+            self.log.info("got %s", payload)
+
+    hub = EventHub()
+    hub.subscribe("k", Talker)
+    with hub:
+        hub.publish("k", "it")
+        hub.drain()
+    assert "INFO mphub.subscriber.Talker: got it" in capfd.readouterr().err
+
+
+def test_the_inline_engine_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(mphub.InvalidOption, match="inline engine"):
+        EventHub(engine="inline").subscribe("k", print, limits=Limits(timeout=1.0))
