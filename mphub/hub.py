@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from os import getpid
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack, overload
 
 import psutil
 
@@ -43,16 +43,27 @@ from mphub.subscriber import Subscriber, holder, inside, is_importing
 from mphub.subscribing import Handler, SubscribeOptions, make_spec, refuse_unavailable
 from mphub.subscription import Subscription
 
-if TYPE_CHECKING:  # a lambda says nothing of its payload: then it is Any
+if TYPE_CHECKING:  # a lambda says nothing of its payload: then it is Any, also to what checks its body (bound)
     from typing_extensions import TypeVar as DefaultTypeVar
 
-    T = DefaultTypeVar("T", default=Any)
+    T = DefaultTypeVar("T", bound=Any, default=Any)
     R = DefaultTypeVar("R", default=Any)
 else:
     T, R = TypeVar("T"), TypeVar("R")
+C_co = TypeVar("C_co", covariant=True)
 F = TypeVar("F", bound=Callable[..., object] | type[Subscriber[Any, Any]])
 Names = str | Sequence[str | Topic[Any]]
 """Keys that say nothing of their payloads' type together."""
+
+
+class Partial(Protocol[C_co]):
+    """What ``functools.partial(Class, ...)`` is to a type checker: its own type parameter is invariant."""
+
+    @property
+    def func(self) -> Callable[..., C_co]: ...
+
+
+SubscriberLike = Subscriber[T, R] | type[Subscriber[T, R]] | Partial[Subscriber[T, R]]
 
 
 class EventHub:
@@ -276,21 +287,21 @@ class EventHub:
     # -- subscribing
 
     @overload
+    def subscribe(self, keys: Topic[T], handler: SubscriberLike[T, R], **options: Unpack[SubscribeOptions]) -> Subscription[T, R]: ...
+    @overload
     def subscribe(
         self, keys: Topic[T], handler: Callable[[T], Coroutine[Any, Any, R]], **options: Unpack[SubscribeOptions]
     ) -> Subscription[T, R]: ...
     @overload
-    def subscribe(
-        self, keys: Topic[T], handler: Callable[[T], R] | type[Subscriber[T, R]] | Subscriber[T, R], **options: Unpack[SubscribeOptions]
-    ) -> Subscription[T, R]: ...
+    def subscribe(self, keys: Topic[T], handler: Callable[[T], R], **options: Unpack[SubscribeOptions]) -> Subscription[T, R]: ...
+    @overload
+    def subscribe(self, keys: Names, handler: SubscriberLike[T, R], **options: Unpack[SubscribeOptions]) -> Subscription[T, R]: ...
     @overload
     def subscribe(
         self, keys: Names, handler: Callable[[T], Coroutine[Any, Any, R]], **options: Unpack[SubscribeOptions]
     ) -> Subscription[T, R]: ...
     @overload
-    def subscribe(
-        self, keys: Names, handler: Callable[[T], R] | type[Subscriber[T, R]] | Subscriber[T, R], **options: Unpack[SubscribeOptions]
-    ) -> Subscription[T, R]: ...
+    def subscribe(self, keys: Names, handler: Callable[[T], R], **options: Unpack[SubscribeOptions]) -> Subscription[T, R]: ...
     @overload
     def subscribe(self, keys: Names | Topic[Any], handler: str, **options: Unpack[SubscribeOptions]) -> Subscription[Any, Any]: ...
     def subscribe(

@@ -7,7 +7,7 @@ import multiprocessing.queues
 import queue as stdlib_queue
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mphub.connection import Address, Connection, connection_to
 from mphub.core.keys import check_key
@@ -66,7 +66,7 @@ class Publisher:
         """Collect events that are journaled together on leaving the ``with`` block, or not at all."""
         return Transaction(self)
 
-    def request(self, key: str | Topic[T], payload: T, *, to: str | None = None) -> Reply[object]:
+    def request(self, key: str | Topic[T], payload: T, *, to: str | None = None) -> Reply[Any]:
         """Ask the one subscriber of a key that answers (or the one named by ``to``)."""
         return self._connection.request(check_key(str_of(key)), payload, to)
 

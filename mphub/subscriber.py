@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, overload
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
 from mphub.errors import HubError
 from mphub.events import Event, EventId, Topic
@@ -37,7 +38,7 @@ class Subscriber(Generic[T, R]):
     def setup(self) -> None:
         """Prepare: load models, open files."""
 
-    def handle(self, payload: T) -> R:
+    def handle(self, payload: T) -> R | Coroutine[Any, Any, R]:
         """Handle one payload; the result answers a request and is published under ``to``."""
         raise NotImplementedError(f"{type(self).__name__} must define handle(self, payload)")
 

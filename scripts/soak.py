@@ -35,7 +35,9 @@ import psutil
 from mphub import EventHub, HubStatistics, MphubError, Restart, Retry, Snapshot, Subscriber
 
 RATES = {"subscriber": 10.0, "publisher": 2.0, "router": 0.5, "supervisor": 0.1, "stop": 0.6}
-"""Faults a second. The hub gives up after ten deaths of a router within ten seconds."""
+"""Faults a second, on average. The hub gives up after ten deaths of a router, or of a supervisor, within ten seconds."""
+LEAST = {"router": 1.2, "supervisor": 1.2}
+"""Seconds between two faults of a kind, at least."""
 PATIENT, AT_ONCE = Retry(max_attempts=1_000_000), Restart(max_restarts=1_000_000, delay=0.0)
 BATCH = 100
 STOPPED = (0.05, 0.4)
@@ -203,7 +205,7 @@ class Tormentor:
             time.sleep(min(max(0.0, due[kind] - now), 1.0))
             if time.monotonic() < due[kind]:
                 continue
-            due[kind] = max(due[kind], now - 1.0) + self.dice.expovariate(self.rates[kind])
+            due[kind] = max(due[kind], now - 1.0) + max(self.dice.expovariate(self.rates[kind]), LEAST.get(kind, 0.0))
             getattr(self, f"hit_{kind}")()
             self.faults.done[kind] += 1
         return self.faults
@@ -237,6 +239,7 @@ class Tormentor:
         """Kill, then see how long it takes until an event is accepted again."""
         send(self.hub.statistics().pids[victim], signal.SIGKILL)
         began = time.monotonic()
+        time.sleep(0.005)  # so that nothing is confirmed that was read before
         self.hub.publish("beat", time.monotonic_ns(), confirm=True)
         self.faults.recoveries[victim].append(time.monotonic() - began)
 

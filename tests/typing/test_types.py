@@ -27,7 +27,7 @@ def mypy() -> dict[int, str]:
 
 def basedpyright() -> dict[int, str]:
     """Return what basedpyright reports, by line."""
-    found = run([sys.executable, "-m", "basedpyright", "--outputjson", "--project", str(ROOT), str(USES)])
+    found = run([sys.executable, "-m", "basedpyright", "--outputjson", "--project", str(ROOT), "--pythonpath", sys.executable, str(USES)])
     rows = json.loads(found.stdout)["generalDiagnostics"]
     return {row["range"]["start"]["line"] + 1: row["message"] for row in rows if row["severity"] == "error"}
 
