@@ -27,6 +27,8 @@ SMALL = 256 << 20
 FRESH = 10.0
 """Seconds for which a folder without an owner may still be getting one."""
 STARTED = b"started"
+_ours: set[Path] = set()
+"""Folders of this process's hubs: opening their locks here would drop them."""
 
 
 class Charter(msgspec.Struct, frozen=True):
@@ -50,11 +52,14 @@ def runtime_parent() -> tuple[Path, bool]:
     return Path(tempfile.gettempdir()), True
 
 
-def make_folder(folder: Path) -> None:
-    """Make a runtime folder that only this user can enter."""
+def make_folder(folder: Path) -> IO[bytes]:
+    """Make a runtime folder that only this user can enter; return its ``hub`` file, locked for as long as this process is its hub's."""
     folder.mkdir(mode=0o700)
+    lock = lock_file(folder / "hub")
+    _ours.add(folder)
     for name in ("journal", "boards", "blobs", "logs", "children"):
         (folder / name).mkdir(mode=0o700)
+    return lock
 
 
 def own(folder: Path) -> IO[bytes]:
@@ -76,16 +81,13 @@ def sweep(parent: Path) -> None:
         with contextlib.suppress(OSError):
             found = folder.stat()
             unborn = not (folder / "owner").exists() and time.time() - found.st_mtime < FRESH
-            if found.st_uid == os.getuid() and not unborn:
+            if found.st_uid == os.getuid() and not unborn and folder not in _ours:
                 _sweep_one(folder)
 
 
 def _sweep_one(folder: Path) -> None:
-    try:
-        lock = lock_file(folder / "owner")
-    except BlockingIOError:
-        return  # its owner lives
-    with lock:
+    """Remove a folder if both its hub's process and its supervisor are dead; between two supervisors only one is."""
+    with contextlib.suppress(BlockingIOError), lock_file(folder / "hub"), lock_file(folder / "owner"):
         kill_recorded(folder)
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -43,11 +43,11 @@ class Client:
         self._lock = threading.Lock()
         pid = os.getpid()
         self._charter = boot.Charter(address, pid, fork.start_ticks(pid), max_bytes, ask, term)
-        boot.make_folder(self.folder)
+        self._lock_of_folder = boot.make_folder(self.folder)
         try:
             self.process, self._line = self._launch()
         except BaseException:
-            remove_folder(address.folder)
+            self._remove_folder()
             raise
         self._thread = threading.Thread(target=self._read, name="mphub-control", daemon=True)
         self._thread.start()
@@ -108,7 +108,7 @@ class Client:
             self.process.wait()
             boot.kill_recorded(self.folder)
         self._thread.join(2.0)
-        remove_folder(self.address.folder)
+        self._remove_folder()
 
     def _read(self) -> None:
         """Hear one supervisor after the other."""
@@ -166,6 +166,13 @@ class Client:
             boot.kill_recorded(self.folder)
         return code << 8 if code >= 0 else -code
 
+    def _remove_folder(self) -> None:
+        """Remove what is left of the runtime folder, once its supervisor is gone."""
+        deadline = time.monotonic() + 1.0
+        while self.folder.exists() and time.monotonic() < deadline:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock_of_folder.close()
+
     def _heard(self, what: str, args: dict[str, Any]) -> None:
         if what == "state":
             with self.changed:
@@ -185,10 +192,3 @@ class Client:
             future.set_exception(self._ended)
         with self.changed:
             self.changed.notify_all()
-
-
-def remove_folder(folder: str) -> None:
-    """Remove what is left of a runtime folder, once its supervisor is gone."""
-    deadline = time.monotonic() + 1.0
-    while os.path.exists(folder) and time.monotonic() < deadline:
-        shutil.rmtree(folder, ignore_errors=True)

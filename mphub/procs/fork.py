@@ -158,6 +158,15 @@ def is_same(pid: int, ticks: int) -> bool:
     return ticks != 0 and start_ticks(pid) == ticks
 
 
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed for want of memory since boot (0 where it does not say)."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
 def exit_word(status: int) -> str | int:
     """Return a signal by name, or the exit code."""
     code = os.waitstatus_to_exitcode(status)

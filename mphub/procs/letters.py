@@ -37,6 +37,11 @@ class Cause:
     traceback: str = ""
     rss: int | None = None
     seconds: float = 0.0
+    stderr: str = ""
+    """Its last lines."""
+
+
+NO_DEATH = Cause("")
 
 
 class Letters:
@@ -72,29 +77,13 @@ class Letters:
             outcome, body = request_outcome(reason, error, traceback, cause)
             self.answer(row, index, outcome, body)
         else:
-            pid = cause.pid if cause else None
-            exit_ = cause.exit if cause else None
-            rss = cause.rss if cause else None
-            trace = traceback or (cause.traceback if cause else "")
-            now = self.exchange.clock()
+            death = cause or NO_DEATH
             self._keep(
                 Dead(
-                    box.name,
-                    row.only(index),
-                    row.epoch,
-                    row.event(index),
-                    reason,
-                    attempts,
-                    now,
-                    error,
-                    trace,
-                    exit_,
-                    pid,
-                    rss,
-                    "",
-                    told,
+                    box.name, row.only(index), row.epoch, row.event(index), reason, attempts, self.exchange.clock(), error,
+                    traceback or death.traceback, death.exit, death.pid, death.rss, death.stderr, told,
                 )
-            )
+            )  # fmt: skip
             event = f"{row.batch.publisher << 40 | row.batch.number + index:026x}"
             self.exchange.tell("dead_letter", box.name, reason, key=row.key(index), id=event, attempts=attempts)
         box.counters.dead += 1

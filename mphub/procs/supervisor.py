@@ -25,6 +25,7 @@ from mphub.procs.worker import run_worker
 from mphub.wire.frames import Answer, Call, Push, decoder
 from mphub.wire.specs import Spec
 
+OUT_OF_MEMORY = "killed by the kernel's OOM killer, most likely: the machine or its cgroup ran out of memory"
 TICK = 0.1
 """Seconds between looks at limits, outputs and frozen processes."""
 LIMIT_TICK = 0.02
@@ -249,15 +250,18 @@ class Supervisor:
         by_itself = child.ending in (None, "limit", "start_timeout")
         exit_ = fork.exit_word(status)
         error, text = child.last_words()
+        if child.was_out_of_memory(exit_):
+            text = OUT_OF_MEMORY
         charge = {None: "running", "limit": "slot"}.get(child.ending, "none")
         cause: dict[str, object] = {
             "reason": "timeout" if child.ending == "limit" else "crash", "exit": exit_, "pid": child.pid,
             "traceback": text if not error else "", "rss": usage.ru_maxrss * 1024, "seconds": ward.spec.limits.timeout or 0.0,
+            "stderr": "\n".join(child.outputs["err"].recent),
         }  # fmt: skip
         self._settle(child, charge, cause)
         if error or not child.ready:
             ward.error = (error, text)
-        self._decide(ward, child, exit_, finished=finished, by_itself=by_itself)
+        self._decide(ward, child, exit_, text, finished=finished, by_itself=by_itself)
 
     def _settle(self, child: Child, charge: str, cause: dict[str, object]) -> None:
         """Let the router settle what a dead process held, then forget it."""
@@ -271,7 +275,7 @@ class Supervisor:
         self.unsettled[child.incarnation] = child
         self.link.ask("died", settled, incarnation=child.incarnation, charge=charge, slot=child.overran, cause=cause)
 
-    def _decide(self, ward: Ward, child: Child, exit_: str | int, *, finished: bool, by_itself: bool) -> None:
+    def _decide(self, ward: Ward, child: Child, exit_: str | int, text: str, *, finished: bool, by_itself: bool) -> None:
         if child.ending == "stop" or ward.leaving:
             self._set_state(ward, "STOPPED", lasting=False)
             return
@@ -282,7 +286,6 @@ class Supervisor:
                 "start_timeout": "was not ready in time",
             }
             what = reason.get(child.ending or "", f"ended with {exit_}")
-            text = ward.error[1] if not child.ready else child.last_words()[1]
             text, ward.told = (text, text) if text != ward.told else ("", text)  # once is enough of one that dies at every start
             self.notice(
                 "death", ward.name, f"process {child.pid} {what}", exit=exit_, pid=child.pid, traceback=text, ready=child.ready

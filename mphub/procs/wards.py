@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,16 @@ LOG_BYTES = 1 << 20
 """What an output file may grow to before it is cut, and what may wait unread."""
 
 
+RECENT = 50
+"""Lines of stderr that a dead letter has."""
+
+
 class Tail:
-    """Reads what is appended to a file, line by line."""
+    """Reads what is appended to a file, line by line, and remembers the last ones."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.recent: deque[str] = deque(maxlen=RECENT)
         self._at = 0
         self._part = b""
 
@@ -35,19 +41,27 @@ class Tail:
         try:
             if self.path.stat().st_size == self._at and not last:
                 return []
-            with open(self.path, "r+b") as file:
-                file.seek(self._at)
-                data = self._part + file.read(LOG_BYTES)
-                self._at = file.tell()
-                if self._at > LOG_BYTES:
-                    file.truncate(0)  # the child appends: it goes on at the start
-                    self._at = 0
+            data = self._part + self._read()
         except OSError:
             return []
         *whole, self._part = data.split(b"\n")
         if last and self._part:
             whole, self._part = [*whole, self._part], b""
-        return [line.decode(errors="replace") for line in whole]
+        found = [line.decode(errors="replace") for line in whole]
+        self.recent.extend(found)
+        return found
+
+    def _read(self) -> bytes:
+        with open(self.path, "r+b") as file:
+            file.seek(self._at)
+            data = file.read(LOG_BYTES)
+            self._at = file.tell()
+            if self._at <= LOG_BYTES:
+                return data
+            dropped = os.fstat(file.fileno()).st_size - self._at
+            file.truncate(0)  # the child appends: it goes on at the start
+            self._at = 0
+        return data + (b"\n... %d bytes dropped: more than can be told\n" % dropped if dropped else b"")
 
 
 @dataclass(eq=False)
@@ -73,7 +87,8 @@ class Child:
     frozen_since: float | None = None
     frozen: bool = False
     """The router knows that it holds no publisher."""
-    rss: int = 0
+    ooms: int = field(default_factory=fork.oom_kills)
+    """What the kernel had counted when it started."""
 
     @property
     def crash_file(self) -> Path:
@@ -105,6 +120,10 @@ class Child:
             age = max(1e-3, time.time() - process.create_time())
             return 100 * (times.user + times.system) / age, process.memory_info().rss
         return 0.0, 0
+
+    def was_out_of_memory(self, exit_: str | int) -> bool:
+        """Say whether the kernel's OOM killer is likely to have ended it: SIGKILL, not ours, and the kernel counts one more."""
+        return exit_ == "SIGKILL" and self.ending is None and fork.oom_kills() > self.ooms
 
     def last_words(self) -> tuple[bytes, str]:
         """Return (pickled exception, traceback) of what ``setup`` raised, or the stack that a fatal signal left."""

@@ -21,6 +21,7 @@ from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
 pytestmark = pytest.mark.faults
+WITH_PACKAGE = {**os.environ, "PYTHONPATH": os.getcwd()}
 PATIENT, AT_ONCE = Retry(max_attempts=1000), Restart(max_restarts=1000, delay=0)
 
 
@@ -268,6 +269,16 @@ def test_calls_that_wait_are_answered_by_the_next_supervisor() -> None:
         assert list(hub.statistics().subscribers) == ["slow"]
 
 
+def test_a_hub_between_two_supervisors_is_not_swept_by_another() -> None:
+    hub = EventHub()
+    hub.subscribe("k", lambda n: n, name="k")
+    with hub:
+        for _ in range(5):
+            os.kill(hub.statistics().pids["supervisor"], signal.SIGKILL)
+            subprocess.run([sys.executable, "-c", "import mphub\nwith mphub.EventHub(): pass"], env=WITH_PACKAGE, check=True)
+            assert hub.request("k", 1).result(10) == 1
+
+
 def test_a_fatal_one_stays_fatal_under_the_next_supervisor() -> None:
     hub = EventHub(check=False)
     broken = hub.subscribe("k", lambda n: os._exit(1), name="k", restart=Restart(max_restarts=0))
@@ -293,8 +304,7 @@ def test_nothing_lives_on_when_hub_or_supervisor_is_killed(victim: str, tmp_path
         "print(*s.pids.values(), s.subscribers['k'].pids[0], pid, flush=True)\n"
         "time.sleep(600)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    hub = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    hub = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=WITH_PACKAGE)
     assert hub.stdout is not None
     pids = [int(pid) for pid in hub.stdout.readline().split()]
     assert len(pids) >= 3

@@ -499,3 +499,22 @@ def test_what_a_handler_prints_is_seen_when_drain_returns_and_outlives_a_kill(ca
         hub.publish("k", 2)
         hub.drain()
         assert capfd.readouterr().out == "said 2\n"
+
+
+def test_a_dead_letter_has_the_last_lines_of_stderr_and_the_stack() -> None:
+    hub = EventHub(check=False)
+
+    def fall(n: int) -> None:
+        for line in range(60):
+            print("line", line, file=sys.stderr)
+        os.abort()
+
+    hub.subscribe("k", fall, retry=Retry(max_attempts=1), restart=Restart(delay=0))
+    with hub:
+        hub.publish("k", 1)
+    (letter,) = hub.dead_letters()
+    assert letter.stderr.splitlines() == [f"line {n}" for n in range(10, 60)]
+    assert (letter.exit, letter.reason, letter.attempts) == ("SIGABRT", "crash", 1)
+    assert "in fall" in letter.traceback
+    assert letter.rss is not None
+    assert letter.rss > 1 << 20
