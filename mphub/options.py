@@ -138,10 +138,14 @@ class Retry:
         check_number("Retry", "max_delay", self.max_delay, 0)
 
 
+OVERFLOWS = ("block", "dead_letter", "drop_oldest", "drop_newest")
+
+
 class Inbox(msgspec.Struct, frozen=True):
     """How much may wait for one subscriber, in events and bytes, and what becomes of more.
 
-    ``block`` makes publishers of its keys wait while it is RUNNING; ``dead_letter`` makes dead letters with reason ``overflow``.
+    ``block`` makes publishers of its keys wait while it is RUNNING; ``dead_letter`` makes dead letters with reason ``overflow``;
+    ``drop_oldest`` and ``drop_newest`` drop, counted as ``overflow``.
     """
 
     maxsize: int = 100_000
@@ -152,9 +156,9 @@ class Inbox(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         check_number("Inbox", "maxsize", self.maxsize, 1, whole=True)
         msgspec.structs.force_setattr(self, "max_bytes", parse_size(self.max_bytes, "Inbox(max_bytes)"))
-        if self.overflow in ("drop_oldest", "drop_newest", "latest"):
-            raise InvalidOption(f"Inbox(overflow): {self.overflow!r} is not available in this version; use 'block' or 'dead_letter'")
-        check_choice("Inbox", "overflow", self.overflow, ("block", "dead_letter"))
+        if self.overflow == "latest":
+            raise InvalidOption(f"Inbox(overflow): 'latest' is not available in this version; use one of {', '.join(OVERFLOWS)}")
+        check_choice("Inbox", "overflow", self.overflow, OVERFLOWS)
         if self.expires is not None:
             raise InvalidOption("Inbox(expires): not available in this version; leave it None")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from mphub.core.credit import Credit
 from mphub.core.rows import Row
@@ -122,6 +123,20 @@ class Delivery:
         self.waiting.clear()
         self.loaded = self.loaded_bytes = 0
         return pieces
+
+    def take_oldest(self, count: int) -> Iterator[tuple[Portion, Spans]]:
+        """Take up to ``count`` events off the front of the inbox."""
+        while count and self.waiting:
+            piece = self.waiting[0]
+            taken = spans_of(islice(indexes(piece.spans), count))
+            piece.spans = subtract(piece.spans, taken)
+            if not piece.spans:
+                self.waiting.popleft()
+            gone = length(taken)
+            count -= gone
+            self.loaded -= gone
+            self.loaded_bytes -= gone * piece.portion.size
+            yield piece.portion, taken
 
     def prune(self) -> None:
         """Let waiting events go that have ended meanwhile."""

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from mphub.core.delivery import Portion, Range, Spans, Verdict, length, parts_within
+from mphub.core.delivery import Portion, Range, Spans, Verdict, indexes, length, parts_within, spans_of
 from mphub.core.keys import nearest
 from mphub.core.rows import Row
 from mphub.core.table import RoutingTable
@@ -301,19 +301,32 @@ class Exchange:
 
     def _deliver_to(self, box: Mailbox, row: Row, spans: Spans, size: int) -> None:
         portion = Portion(row, spans, size)
-        room = box.room() if box.bounces else row.count
+        excess = max(0, portion.count - box.room()) if box.overflow != "block" else 0
         box.account(portion)
         self.touch(box)
         if row.batch.reply and box.given_up:
             self._fail_request(box, portion, spans)
-        elif room < portion.count:
-            self._bounce(box, portion, room)
+        elif excess and box.overflow != "drop_oldest":
+            self._refuse_newest(box, portion, excess)
         box.enqueue(portion)
+        if excess and box.overflow == "drop_oldest":
+            self._drop_oldest(box, excess)
 
-    def _bounce(self, box: Mailbox, portion: Portion, room: int) -> None:
-        """Make dead letters of what exceeds the inbox."""
-        for index in [i for a, b in portion.todo for i in range(a, b)][room:]:
+    def _refuse_newest(self, box: Mailbox, portion: Portion, excess: int) -> None:
+        """Drop the last events of a new portion, or make dead letters of them."""
+        last = list(indexes(portion.todo))[-excess:]
+        if box.overflow == "drop_newest":
+            self._drop(box, portion, spans_of(last), "overflow")
+            return
+        for index in last:
             self.letters.bury(box, portion, index, "overflow", 0)
+
+    def _drop_oldest(self, box: Mailbox, excess: int) -> None:
+        """Drop what has waited longest; what the process has been given stays."""
+        while excess and (box.delivery.waiting or box.tail is not None):
+            for portion, spans in box.delivery.take_oldest(excess):
+                excess -= self._drop(box, portion, spans, "overflow")
+            self._refill(box)
 
     # -- what became of them
 

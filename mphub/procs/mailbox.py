@@ -78,9 +78,10 @@ class Mailbox:
         return self.status in ("FATAL", "STOPPED")
 
     @property
-    def bounces(self) -> bool:
-        """Say whether what exceeds the inbox becomes a dead letter instead of a wait."""
-        return self.stuck or self.spec.inbox.overflow == "dead_letter"
+    def overflow(self) -> str:
+        """What becomes of events that exceed the inbox; nobody waits for a subscriber that does not run."""
+        rule = self.spec.inbox.overflow
+        return "dead_letter" if rule == "block" and self.stuck else rule
 
     def room(self) -> int:
         """Return how many events still fit."""
@@ -134,7 +135,7 @@ class Mailbox:
         """Recompute whether publishers wait for it (released at 80 %); say whether that changed."""
         was, least = self.full, 0.8 if self.full else 1.0
         over = self.unfinished >= self.spec.inbox.maxsize * least or self.bytes >= self.max_bytes * least
-        self.full = over and not self.bounces
+        self.full = over and self.overflow == "block"
         return self.full != was
 
 

@@ -142,6 +142,17 @@ class Subscriber(RuleBasedStateMachine):
         self.process.ranges.append((held.number, held.count, held.portion.row.id, held.index))
         self.process.inbox.append(Sent(held.number, held.count, held.index, held.spans, held.portion, self.delivery.generation, attempts))
 
+    @rule(count=st.integers(1, 5))
+    def overflow(self, count: int) -> None:
+        """Drop what has waited longest."""
+        waiting = [(p.portion.row.id, i) for p in self.delivery.waiting for i in indexes(p.spans)]
+        gone = []
+        for portion, spans in self.delivery.take_oldest(count):
+            for index in indexes(spans):
+                gone.append((portion.row.id, index))
+                self.bury(portion, index)
+        assert gone == waiting[:count]
+
     def settle(self, portion: Portion, spans: Spans) -> None:
         self.finished += [(portion.row.id, i) for i in indexes(spans)]
         portion.finish(spans)

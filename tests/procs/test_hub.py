@@ -518,3 +518,27 @@ def test_a_dead_letter_has_the_last_lines_of_stderr_and_the_stack() -> None:
     assert "in fall" in letter.traceback
     assert letter.rss is not None
     assert letter.rss > 1 << 20
+
+
+@pytest.mark.parametrize(("overflow", "kept"), [("drop_newest", range(1, 11)), ("drop_oldest", range(90, 100))])
+def test_overflow_can_drop_and_counts_it(overflow: str, kept: range, tmp_path: Path) -> None:
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    hub = EventHub()
+
+    def slow(n: int) -> None:
+        while n == 0 and not gate.exists():
+            time.sleep(0.01)
+        note(log, n)
+
+    subscription = hub.subscribe("k", slow, inbox=Inbox(maxsize=11, overflow=overflow))
+    with hub:
+        hub.publish("k", 0, confirm=True)
+        assert eventually(lambda: subscription.statistics().running == 1)
+        for n in range(1, 100):
+            hub.publish("k", n, confirm=True)
+        found = subscription.statistics()
+        assert (found.waiting, found.dropped, found.dead) == (10, {"overflow": 89}, 0)
+        gate.touch()
+    assert lines(log) == ["0", *map(str, kept)]
+    found = subscription.statistics()
+    assert found.accepted == found.handled + found.dropped["overflow"] == 100
