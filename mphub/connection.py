@@ -131,9 +131,8 @@ class Connection:
         data = codec.encode(payload)
         extra = Extra(ordering_key, headers) if ordering_key is not None or headers else None
         with self._lock:
-            number = self._add(key, data, extra, (None, False, epoch) if epoch else PLAIN)
-            if confirm:
-                sequence = self._send(strict=True)
+            number = self._add(key, data, extra, (None, False, epoch) if epoch else PLAIN, strict=confirm)
+            sequence = self._sequence
         if confirm:
             self._wait_confirmed(sequence, None)
         return EventId(self._base + number)
@@ -178,20 +177,27 @@ class Connection:
         self._wait_confirmed(sequence, None)
         return len(events)
 
-    def _add(self, key: str, data: bytes, extra: Extra | None, mode: Mode, reply: Reply[object] | None = None) -> int:
-        """Put one event into the batch, and send the batch when that is due; with the lock held."""
+    def _add(
+        self, key: str, data: bytes, extra: Extra | None, mode: Mode, reply: Reply[object] | None = None, *, strict: bool = False
+    ) -> int:  # fmt: skip
+        """Put one event into the batch, and send the batch when that is due; with the lock held.
+
+        ``strict``: at once, in a frame of its own, which is refused if nobody subscribes.
+        """
         if self._thread is None or self._mode != mode or self._ended is not None:
             self._ready(mode)
         while self._held and self._is_held(key):
             self._wait_released(key)
             self._ready(mode)  # the lock was free meanwhile: the batch may be another thread's
         size = len(data)
-        if self._events and (size >= BLOB_MIN or (reply is not None and self._key != key)):
+        if self._events and (strict or size >= BLOB_MIN or (reply is not None and self._key != key)):
             self._send()
         number = self._append(key, data, extra)
         if reply is not None:
             self._replies[number] = reply
-        if len(self._unconfirmed) < FEW or self._size >= BATCH_BYTES or len(self._events) >= MAX_EVENTS or size >= BLOB_MIN:
+        if strict:
+            self._send(strict=True)
+        elif len(self._unconfirmed) < FEW or self._size >= BATCH_BYTES or len(self._events) >= MAX_EVENTS or size >= BLOB_MIN:
             self._send_batch()
         return number
 

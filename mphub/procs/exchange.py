@@ -17,6 +17,7 @@ from mphub.core.delivery import Portion, Range, Spans, Verdict, indexes, length,
 from mphub.core.keys import nearest
 from mphub.core.rows import Row
 from mphub.core.table import RoutingTable
+from mphub.errors import JournalError
 from mphub.procs.letters import Cause, Letters
 from mphub.procs.mailbox import LASTING, Mailbox, single_portion
 from mphub.procs.recovery import recover
@@ -331,9 +332,14 @@ class Exchange:
     # -- what became of them
 
     def report(self, box: Mailbox, incarnation: int, report: Report, now: float) -> None:
-        """Commit acks, failures, outputs, replies and snapshot of one frame together; a repeat is dropped whole."""
+        """Commit acks, failures, outputs, replies and snapshot of one frame together; a repeat is dropped whole.
+
+        Raises JournalError: it cannot keep the outputs; nothing of the frame is committed.
+        """
         if report.frame <= self.frames.get(incarnation, (0, 0))[0]:
             return
+        if report.outputs and self.used + sum(output.batch.size for output in report.outputs) > self.max_bytes:
+            raise JournalError(f"{box.name} publishes more than the hub can keep ({self.max_bytes} bytes): raise max_bytes")
         self.frames[incarnation] = (report.frame, report.upto)
         self._dirty_frames.add(incarnation)
         delivery = box.delivery
@@ -417,9 +423,11 @@ class Exchange:
         self._dirty_frames.add(incarnation)
 
     def forget_incarnation(self, incarnation: int) -> None:
+        """Forget a death that is settled, and remove the files that this process made for what was never committed."""
         self.frames.pop(incarnation, None)
         self._dirty_frames.discard(incarnation)
         self.journal.delete("frames", incarnation.to_bytes(8, "big"))
+        self.references.end_of_writer(incarnation)
 
     def settle(self, box: Mailbox, portion: Portion, spans: Spans) -> None:
         """Take events that ended, however, off the books' pending side."""
@@ -528,6 +536,11 @@ class Exchange:
 
     # -- questions
 
+    @property
+    def used(self) -> int:
+        """Bytes of journal and blobs."""
+        return self.journal.used + self.references.bytes
+
     def advance_epoch(self) -> int:
         """Begin a new epoch; return the one that ends: drain waits for it and older ones."""
         self.epoch += 1
@@ -540,7 +553,7 @@ class Exchange:
 
     def held_patterns(self) -> list[str]:
         """Return the patterns whose publishers wait; ``>`` when the journal is as full as admission allows."""
-        if self.journal.used + self.references.bytes >= self.admitted:
+        if self.used >= self.admitted:
             return [">"]
         return sorted({pattern for box in self.boxes.values() if box.full for pattern in box.spec.patterns})
 

@@ -25,13 +25,15 @@ class PublisherPeer:
 class Seat:
     """An incarnation of a subscriber, as the supervisor announced it."""
 
-    __slots__ = ("board", "box", "incarnation", "met", "ready", "stopping", "stream", "told", "unconfirmed")
+    __slots__ = ("board", "box", "fenced", "incarnation", "met", "ready", "stopping", "stream", "told", "unconfirmed")
 
     def __init__(self, incarnation: int, box: Mailbox, board: Board) -> None:
         self.incarnation, self.box, self.board = incarnation, box, board
         self.stream: Stream | None = None
         self.met = True
         """It has said to this router what it holds; a new one holds nothing."""
+        self.fenced = False
+        """Nothing from it counts any more: it is to be ended."""
         self.ready = False
         self.stopping = False
         self.unconfirmed = 0

@@ -15,6 +15,7 @@ import msgspec
 
 from mphub.connection import is_alive
 from mphub.core.delivery import Held
+from mphub.errors import JournalError
 from mphub.observe.limiter import Limiter
 from mphub.procs.exchange import SETTLED, Exchange
 from mphub.procs.letters import Cause
@@ -280,9 +281,16 @@ class Router:
             stream.send(frames.STOP)
 
     def _from_subscriber(self, seat: Seat, kind: int, header: bytes) -> None:
+        if seat.fenced:
+            return
         if kind == frames.REPORT:
             report = _report.decode(header)
-            self.exchange.report(seat.box, seat.incarnation, report, time.time())
+            try:
+                self.exchange.report(seat.box, seat.incarnation, report, time.time())
+            except JournalError as error:  # its state is ahead of what is kept: another incarnation does that again
+                seat.fenced = True
+                self._push("full", incarnation=seat.incarnation, message=str(error))
+                return
             seat.told, seat.unconfirmed = report.frame, seat.unconfirmed + 1
         elif kind == frames.READY:
             self._is_ready(seat)
@@ -298,7 +306,7 @@ class Router:
         stream = seat.stream
         if stream is None:
             return
-        if seat.ready and not seat.stopping and seat.box.status != "PAUSED":
+        if seat.ready and not seat.stopping and not seat.fenced and seat.box.status != "PAUSED":
             while len(stream.out) < MAX_AHEAD and (held := seat.box.delivery.take()) is not None:
                 self._hand_out(seat, stream, held)
         if seat.unconfirmed > CONFIRM_EVERY or (seat.stopping and seat.unconfirmed):

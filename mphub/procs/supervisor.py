@@ -26,6 +26,8 @@ from mphub.wire.frames import Answer, Call, Push, decoder
 from mphub.wire.specs import Spec
 
 OUT_OF_MEMORY = "killed by the kernel's OOM killer, most likely: the machine or its cgroup ran out of memory"
+FULL_DELAY = 1.0
+"""Seconds after which a subscriber whose outputs did not fit tries again."""
 TICK = 0.1
 """Seconds between looks at limits, outputs and frozen processes."""
 LIMIT_TICK = 0.02
@@ -187,6 +189,13 @@ class Supervisor:
                 if ward.state == "STARTING":
                     self._set_state(ward, "RUNNING")
 
+    def heard_full(self, incarnation: int, message: str) -> None:
+        """A process has done what cannot be kept: end it, uncharged; the next one tries again later."""
+        for child in self._children():
+            if child.incarnation == incarnation and child.ending != "full":
+                self.notice("full", child.name, f"{message}; its process starts anew in {FULL_DELAY:.0f} s")
+                self._end(child, "full", [(0.0, signal.SIGKILL)])
+
     def heard_held(self, patterns: list[str], names: list[str]) -> None:
         """Publishers of these patterns wait: for these subscribers, or for a full journal."""
         who = names or (["the journal, which is full"] if patterns else [])
@@ -292,7 +301,7 @@ class Supervisor:
             )  # fmt: skip
         if decision.state == "BACKOFF":
             ward.restarts += 1
-            ward.start_at = time.monotonic() + decision.delay
+            ward.start_at = time.monotonic() + (FULL_DELAY if child.ending == "full" else decision.delay)
             self._set_state(ward, "BACKOFF")
         else:
             self._set_state(ward, decision.state)

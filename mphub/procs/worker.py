@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from mphub.connection import Address, connection_to
 from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING
+from mphub.core.keys import matches
 from mphub.core.rows import event_of
 from mphub.errors import HubError, Reject, RetryLater
 from mphub.events import Event, EventId
@@ -377,6 +378,8 @@ class Worker:
         return EventId.make(self.incarnation, self.outputs.publish(key, codec.encode(payload), extra))
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
+        if target == self.name or (target is None and self.spec.answers and any(matches(p, key) for p in self.spec.patterns)):
+            raise HubError(f"request({key!r}) in {self.name!r}, which is the one to answer it, would wait for itself: call the function")
         return connection_to(self.address).request(key, payload, target)
 
     def current_event(self) -> Event:

@@ -458,6 +458,20 @@ def test_what_matches_nobody_is_counted_and_told_with_the_nearest(caplog: pytest
     assert "nearest pattern: 'orders.created'" in told[0]
 
 
+def test_a_confirmed_event_is_refused_alone(tmp_path: Path) -> None:
+    hub = EventHub(unmatched="ignore")
+    hub.subscribe("known", lambda n: note(tmp_path / "log", n), name="known")
+    with hub:
+        for n in range(50):
+            with pytest.raises(mphub.NoSubscriber):
+                hub.publish("unknown", n, confirm=True)
+            hub.publish_batch("known", range(n * 20, n * 20 + 20))
+            hub.publish("other", n)
+        hub.drain()
+        assert hub.statistics().unmatched == 50
+    assert lines(tmp_path / "log") == [str(n) for n in range(1000)]
+
+
 def test_who_is_subscribed_can_be_asked() -> None:
     hub = EventHub()
     hub.subscribe(["a.*", "b"], print, name="one")
