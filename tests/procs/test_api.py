@@ -194,11 +194,11 @@ def test_draining_tells_its_progress_and_its_timeout_what_is_left() -> None:
 
 def test_draining_does_not_wait_for_what_is_published_later() -> None:
     hub = EventHub()
-    hub.subscribe("k", lambda n: time.sleep(0.001), name="k", inbox=Inbox(maxsize=50))
+    hub.subscribe("k", lambda n: time.sleep(0.001), name="k")
     over = threading.Event()
 
     def publish() -> None:
-        while not over.is_set():
+        while not over.wait(0.0005):
             hub.publish("k", 0)
 
     with hub:
