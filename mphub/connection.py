@@ -34,6 +34,7 @@ from mphub.wire.frames import (
     RepliesTaken,
     decoder,
     encode,
+    extra_of,
     join,
 )
 from mphub.wire.stream import Line, shut
@@ -70,6 +71,8 @@ class Address(msgspec.Struct, frozen=True):
     pid: int
     started: float
     """Seconds since the epoch, as psutil tells it: pids are used again."""
+    largest: int
+    """Bytes of one payload that the hub admits."""
 
     @property
     def data(self) -> str:
@@ -128,8 +131,7 @@ class Connection:
 
         Raises PayloadError, HubClosed, and with ``confirm`` what the router refused it for.
         """
-        data = codec.encode(payload)
-        extra = Extra(ordering_key, headers) if ordering_key is not None or headers else None
+        data, extra = codec.encode(payload), extra_of(ordering_key, headers)
         with self._lock:
             number = self._add(key, data, extra, (None, False, epoch) if epoch else PLAIN, strict=confirm)
             sequence = self._sequence
@@ -184,6 +186,10 @@ class Connection:
 
         ``strict``: at once, in a frame of its own, which is refused if nobody subscribes.
         """
+        if len(data) > self.address.largest:
+            raise PayloadError(
+                f"a payload of {len(data)} bytes exceeds what this hub admits ({self.address.largest} bytes): raise max_bytes"
+            )
         if self._thread is None or self._mode != mode or self._ended is not None:
             self._ready(mode)
         while self._held and self._is_held(key):

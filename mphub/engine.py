@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import msgspec
 
 from mphub.connection import Address, connection_to, drop_connection
-from mphub.errors import DrainTimeout, HubError, RemoteTraceback, SubscriberFatal, SubscriberPaused, load_error
+from mphub.errors import DrainTimeout, InvalidOption, RemoteTraceback, SubscriberFatal, SubscriberPaused, load_error
 from mphub.events import DeadLetter, EventId, Progress, Topic
 from mphub.observe.console import Console
+from mphub.observe.limiter import Limiter
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics, percentiles
 from mphub.options import Stop
 from mphub.procs import boot
@@ -25,7 +26,7 @@ from mphub.reply import Reply
 from mphub.store.blobs import Blobs
 from mphub.store.journal import Dead
 from mphub.wire import codec
-from mphub.wire.frames import Extra, decoder
+from mphub.wire.frames import decoder, extra_of
 from mphub.wire.specs import Spec
 
 KEPT_PAYLOADS = 16 << 20
@@ -72,6 +73,8 @@ class ProcessEngine:
         self.blobs = Blobs(f"{address.folder}/blobs", int.from_bytes(address.token[:8], "big"))
 
     def subscribe(self, spec: Spec) -> None:
+        self.connection.flush()  # what was published before is not for it
+        self.client.states.pop(spec.name, None)  # of one that had this name before
         data, blob = self.blobs.spill(spec.handler)
         self.client.call("subscribe", spec=msgspec.msgpack.encode(msgspec.structs.replace(spec, handler=data, handler_blob=blob)))
 
@@ -176,8 +179,9 @@ class ProcessEngine:
 class InlineEngine:
     """The caller's thread."""
 
-    def __init__(self, max_bytes: int, console: Console, *, propagate: bool) -> None:
-        self.inline = Inline(max_bytes, propagate=propagate)
+    def __init__(self, folder: str, max_bytes: int, console: Console, *, propagate: bool) -> None:
+        self.inline = Inline(folder, max_bytes, propagate=propagate)
+        self.limiter = Limiter()
         self.console = console
         self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = None
 
@@ -188,19 +192,21 @@ class InlineEngine:
         self.inline.unsubscribe(name)
 
     def restart(self, name: str) -> None:
-        """There is no process to restart."""
+        """There is no process to restart, but what could not be set up is tried again."""
+        self.inline.restart(name)
 
     def state_of(self, name: str) -> tuple[str, bytes, str]:
-        return ("RUNNING", b"", "")
+        box = self.inline.exchange.boxes.get(name)
+        return (box.status if box else "STOPPED", *self.inline.errors.get(name, (b"", "")))
 
     def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]:
-        return ("RUNNING", b"", "")
+        return self.state_of(name)
 
     def error_of(self, error: bytes, trace: str) -> BaseException | None:
-        return None
+        return load_error(error, trace) if error else None
 
     def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId:
-        extra = Extra(ordering_key, headers) if ordering_key is not None or headers else None
+        extra = extra_of(ordering_key, headers)
         try:
             return self.inline.send(key, codec.encode(payload), extra, strict=confirm)
         finally:
@@ -213,14 +219,27 @@ class InlineEngine:
             self._tell()
 
     def drain(self, timeout: float | None, progress: Watcher) -> None:
-        self.inline.work_off()
+        with watching(progress) as tell:
+            began = time.monotonic()
+            self.inline.work_off()
+            if tell is not None:
+                tell(progress_of(self.statistics(), began))
+        self._tell()
+        for name, box in self.inline.exchange.boxes.items():
+            if box.unfinished:
+                raise SubscriberFatal(name, box.status)
 
     def _tell(self) -> None:
         """Tell what the user was not told by an exception."""
         news, self.inline.exchange.news = self.inline.exchange.news, []
         for one in news:
-            if one.kind == "unmatched" or not self.inline.propagate:
-                self.console.notice(one.kind, one.subscriber, one.message, {"first": True, **one.details})
+            passes, first, more = True, True, 0
+            if one.kind in ("failure", "dead_letter"):
+                if self.inline.propagate and one.details["id"] != "teardown":
+                    continue
+                passes, first, more = self.limiter.allows((one.kind, one.subscriber), time.monotonic())
+            if passes:
+                self.console.notice(one.kind, one.subscriber, one.message, {**one.details, "first": first, "more": more})
 
     def statistics(self) -> HubStatistics:
         exchange = self.inline.exchange
@@ -251,7 +270,10 @@ class InlineEngine:
         """Nothing can be over but the caller."""
 
     def stop_subscribers(self) -> int:
-        return self.inline.stop()
+        try:
+            return self.inline.stop()
+        finally:
+            self._tell()
 
     def close(self) -> None:
         self.inline.exchange.journal.close()
@@ -284,9 +306,9 @@ def letter_of(dead: Dead, blobs: Blobs, room: int) -> DeadLetter:
 def packed(ids: Collection[int] | None) -> list[bytes] | None:
     if ids is None:
         return None
-    if not all(isinstance(i, int) for i in ids):
-        raise HubError(f"ids: got {ids!r:.80}; expected EventIds, as in dead_letter.id")
-    return [int(i).to_bytes(16, "big") for i in ids]
+    if not isinstance(ids, Collection) or not all(isinstance(i, int) for i in ids):
+        raise InvalidOption(f"ids: got {ids!r:.80}; expected EventIds, as in dead_letter.id")
+    return [int(i).to_bytes(16, "big") for i in ids if 0 <= i < 1 << 128]
 
 
 def progress_of(statistics: HubStatistics, began: float) -> Progress:

@@ -37,10 +37,11 @@ from mphub.observe.console import Console, farewell, log
 from mphub.observe.statistics import HubStatistics
 from mphub.options import Inbox, Limits, Restart, Retry, Snapshot, Stop, check_choice, parse_share
 from mphub.procs import boot, handlers
-from mphub.publisher import HubQueue, Publisher, Transaction, check_headers
+from mphub.procs.exchange import ADMIT
+from mphub.publisher import HubQueue, Publisher, Transaction
 from mphub.reply import Reply, Results
-from mphub.subscriber import Subscriber, holder, inside, is_importing
-from mphub.subscribing import Handler, SubscribeOptions, make_spec, refuse_unavailable
+from mphub.subscriber import Context, Subscriber, holder, inside, is_importing
+from mphub.subscribing import Handler, SubscribeOptions, check_types, make_spec, refuse_unavailable
 from mphub.subscription import Subscription
 
 if TYPE_CHECKING:  # a lambda says nothing of its payload: then it is Any, also to what checks its body (bound)
@@ -102,6 +103,7 @@ class EventHub:
             durability=(durability, "process"),
         )
         refuse_unavailable(retention=(retention, None), notify=(tuple(notify), ()), dashboard=(dashboard, None))
+        check_types(stop=(stop, Stop))
         check_choice("EventHub", "engine", engine, ("process", "inline"))
         check_choice("EventHub", "unmatched", unmatched, ("warn", "ignore"))
         if propagate and engine != "inline":
@@ -114,7 +116,8 @@ class EventHub:
         self._max_bytes = parse_share(max_bytes, boot.capacity(parent))
         self._propagate = engine == "inline" if propagate is None else propagate
         folder = parent / f"mphub-{os.getuid()}-{os.urandom(4).hex()}"
-        self._address = Address(str(folder), os.urandom(16), self.name, getpid(), psutil.Process().create_time())
+        born, largest = psutil.Process().create_time(), int(self._max_bytes * ADMIT)
+        self._address = Address(str(folder), os.urandom(16), self.name, getpid(), born, largest)
         self._console = Console(unmatched)
         self._subscriptions: dict[str, Subscription[Any, Any]] = {}
         self._engine: Engine | None = None
@@ -130,9 +133,9 @@ class EventHub:
         state = "running" if self._engine else "stopped" if self._final else "not started"
         return f"<EventHub {self.name!r} ({self._kind}, {state}, {len(self._subscriptions)} subscribers)>"
 
-    def __reduce__(self) -> tuple[Callable[[Address], EventHub], tuple[Address]]:
+    def __reduce__(self) -> tuple[Callable[..., EventHub], tuple[str | Address]]:
         if self._kind == "inline":
-            raise HubError("an inline hub lives in one process: it cannot be sent to another; use engine='process'")
+            return _here, (self._address.folder,)
         return _handle, (self._address,)
 
     # -- life
@@ -164,7 +167,7 @@ class EventHub:
 
     def _make_engine(self) -> Engine:
         if self._kind == "inline":
-            return InlineEngine(self._max_bytes, self._console, propagate=self._propagate)
+            return InlineEngine(self._address.folder, self._max_bytes, self._console, propagate=self._propagate)
         return ProcessEngine(self._address, self._max_bytes, self._stop, self._console)
 
     def _wait_all(self, timeout: float | None) -> None:
@@ -183,16 +186,20 @@ class EventHub:
         Raises what ``drain`` raises, after everything has been stopped.
         """
         self._must_own("stop")
-        with self._lock:
-            engine = self._engine
-            if engine is None:
-                return
-            try:
-                if drain:
-                    self.drain(timeout)
-            finally:
-                atexit.unregister(self._stop_at_exit)
-                self._end(engine)
+        engine = self._engine
+        if engine is None:
+            return
+        try:
+            if drain:
+                self.drain(timeout)
+        except HubClosed:
+            if self._engine is engine:  # else it was stopped elsewhere meanwhile
+                raise
+        finally:
+            with self._lock:
+                if self._engine is engine:
+                    atexit.unregister(self._stop_at_exit)
+                    self._end(engine)
 
     def _end(self, engine: Engine) -> None:
         """Stop the subscribers, take the final figures, end the rest."""
@@ -248,6 +255,7 @@ class EventHub:
 
         For supervisor scripts: ``sys.exit(hub.run())``, in the main thread. Signal handlers are given back.
         """
+        self._must_own("run")
         asked: list[int] = []
 
         def ask(number: int, _: FrameType | None) -> None:
@@ -304,6 +312,10 @@ class EventHub:
     def subscribe(self, keys: Names, handler: Callable[[T], R], **options: Unpack[SubscribeOptions]) -> Subscription[T, R]: ...
     @overload
     def subscribe(self, keys: Names | Topic[Any], handler: str, **options: Unpack[SubscribeOptions]) -> Subscription[Any, Any]: ...
+    @overload  # for mypy alone, which makes list[Never] of a lambda's list of its payload otherwise
+    def subscribe(  # type: ignore[overload-cannot-match]
+        self, keys: Names, handler: Callable[[Any], R], **options: Unpack[SubscribeOptions]
+    ) -> Subscription[Any, R]: ...
     def subscribe(
         self,
         keys: Any,
@@ -421,9 +433,7 @@ class EventHub:
         if priority or delay or expires is not None:
             refuse_unavailable(priority=(priority, 0), delay=(delay, 0.0), expires=(expires, None))
         name = check_key(key if type(key) is str else str_of(key))
-        if headers is not None:
-            check_headers(headers)
-        if holder.context is not None and (context := inside()) is not None:
+        if holder.context is not None and (context := self._surrounding()) is not None:
             if confirm:
                 raise HubError(
                     "publish(confirm=True) in a handler would wait for itself: what a handler publishes is committed with its ack"
@@ -453,7 +463,7 @@ class EventHub:
         confirm: bool = False,
     ) -> EventId:
         """Publish without blocking the running loop."""
-        if inside() is not None:
+        if self._surrounding() is not None:
             return self.publish(str_of(key), payload, ordering_key=ordering_key, headers=headers)
         return await asyncio.to_thread(self.publish, str_of(key), payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
 
@@ -509,7 +519,7 @@ class EventHub:
         return self._request(check_key(str_of(key)), payload, to)
 
     def _request(self, key: str, payload: object, to: str | None) -> Reply[Any]:
-        context = inside()
+        context = self._surrounding()
         if context is not None:
             return context.request(key, payload, to)
         if self._engine is None or self._pid != getpid():
@@ -596,6 +606,13 @@ class EventHub:
 
     # -- where am I
 
+    def _surrounding(self) -> Context | None:
+        """Return what surrounds a handler of this hub; an import in a child makes its hub anew, which is not running."""
+        context = inside()
+        if context is None or context.folder == self._address.folder or (self._engine is None and self._pid == getpid()):
+            return context
+        return None
+
     def _running(self, what: str) -> Engine:
         self._must_own(what)
         if self._engine is None:
@@ -626,6 +643,14 @@ def _handle(address: Address) -> EventHub:
     hub = EventHub(name=address.name)
     hub._address, hub._pid = address, None
     return hub
+
+
+def _here(folder: str) -> EventHub:
+    """Find an inline hub again, for its handlers."""
+    for hub in list(_hubs):
+        if hub._address.folder == folder and hub._pid == getpid():
+            return hub
+    raise HubError("an inline hub lives in one process: it cannot be sent to another; use engine='process'")
 
 
 def _leave_the_short_way() -> None:

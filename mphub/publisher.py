@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mphub.connection import Address, Connection, connection_to
 from mphub.core.keys import check_key
-from mphub.errors import InvalidOption, PayloadError
+from mphub.errors import PayloadError
 from mphub.events import EventId, Topic, str_of
 from mphub.reply import Reply
 from mphub.wire import codec
-from mphub.wire.frames import Extra
+from mphub.wire.frames import Extra, extra_of
 
 T = TypeVar("T")
 
@@ -46,9 +46,7 @@ class Publisher:
 
         Raises InvalidKey, PayloadError, HubClosed; with ``confirm`` NoSubscriber.
         """
-        return self._connection.publish(
-            check_key(str_of(key)), payload, ordering_key=ordering_key, headers=check_headers(headers), confirm=confirm
-        )
+        return self._connection.publish(check_key(str_of(key)), payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
 
     def publish_batch(self, key: str | Topic[T], payloads: Iterable[T]) -> int:
         """Send the payloads of an iterable one after the other, with bounded memory; return how many."""
@@ -104,8 +102,7 @@ class Transaction:
         headers: dict[str, str] | None = None,
     ) -> None:
         """Add one event."""
-        extra = Extra(ordering_key, check_headers(headers)) if ordering_key is not None or headers else None
-        self._events.append((check_key(str_of(key)), codec.encode(payload), extra))
+        self._events.append((check_key(str_of(key)), codec.encode(payload), extra_of(ordering_key, headers)))
 
     def __enter__(self) -> Transaction:
         return self
@@ -176,13 +173,3 @@ class HubQueue(_Queue):
 
     def cancel_join_thread(self) -> None:
         """Nothing to cancel: a process that ends flushes for at most 5 s anyway."""
-
-
-def check_headers(headers: dict[str, str] | None) -> dict[str, str] | None:
-    """Return headers that can be sent.
-
-    Raises InvalidOption.
-    """
-    if headers is not None and not (isinstance(headers, dict) and all(isinstance(x, str) for pair in headers.items() for x in pair)):
-        raise InvalidOption(f"headers: got {headers!r:.80}; expected a dict of str to str")
-    return headers

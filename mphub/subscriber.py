@@ -9,8 +9,9 @@ import threading
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
+from mphub.core.keys import check_key
 from mphub.errors import HubError
-from mphub.events import Event, EventId, Topic
+from mphub.events import Event, EventId, Topic, str_of
 
 if TYPE_CHECKING:
     from mphub.reply import Reply
@@ -58,6 +59,8 @@ class Context(Protocol):
 
     name: str
     thread: int
+    folder: str
+    """Of the hub whose handler it is."""
 
     def publish(self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool) -> EventId: ...
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]: ...
@@ -131,7 +134,7 @@ def publish(
     With ``now=True`` it goes out at once, at least once, also when this attempt fails later.
     Raises HubError outside a handler, InvalidKey, PayloadError.
     """
-    return _context("publish").publish(str(key), payload, ordering_key=ordering_key, headers=headers, now=now)
+    return _context("publish").publish(check_key(str_of(key)), payload, ordering_key=ordering_key, headers=headers, now=now)
 
 
 def current_event() -> Event:

@@ -355,7 +355,7 @@ class Exchange:
         for portion, spans in finished:
             box.counters.handled += length(spans)
             self.settle(box, portion, spans)
-        for failure in reversed(report.failures):
+        for failure in report.failures:
             if failure.number in failed:
                 self._fail(box, *failed[failure.number], failure, now)
         box.counters.seconds += report.seconds

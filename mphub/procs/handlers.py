@@ -36,6 +36,7 @@ class Runner:
     call: Callable[[Any], Any]
     subscriber: Subscriber[Any, Any] | None = None
     close: Callable[[], None] = lambda: None
+    is_async: bool = False
 
 
 def check_handler(handler: object) -> None:
@@ -129,7 +130,7 @@ def _callable(function: Any) -> Runner:
     import asyncio  # half the imports of a child, for coroutine handlers only
 
     loop = asyncio.Runner()
-    return Runner(lambda payload: loop.run(function(payload)), close=loop.close)
+    return Runner(lambda payload: loop.run(function(payload)), close=loop.close, is_async=True)
 
 
 def _import(path: str) -> object:

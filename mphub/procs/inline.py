@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from mphub.connection import settle_reply
 from mphub.core.delivery import Held
 from mphub.core.rows import Row, event_of
-from mphub.errors import HubError, NoSubscriber, Reject, RetryLater
+from mphub.errors import HubError, NoSubscriber, PayloadError, Reject, RetryLater
 from mphub.events import Event, EventId
 from mphub.procs import handlers
 from mphub.procs.exchange import Exchange
@@ -21,7 +24,7 @@ from mphub.store.blobs import Blobs
 from mphub.store.journal import MemoryJournal
 from mphub.subscriber import holder
 from mphub.wire import codec
-from mphub.wire.frames import Batch, Extra, Failure, ReplyRow, Report, encode, join, split
+from mphub.wire.frames import Batch, Extra, Failure, ReplyRow, Report, encode, extra_of, join, split
 from mphub.wire.specs import Spec
 
 
@@ -45,19 +48,22 @@ class Post:
     spec: Spec
     work: handlers.Work
     runner: handlers.Runner
+    incarnation: int
     frame: int = 0
 
 
 class Inline:
     """Runs handlers in the caller's thread, one outermost publish at a time."""
 
-    def __init__(self, max_bytes: int, *, propagate: bool) -> None:
-        self.propagate = propagate
+    def __init__(self, folder: str, max_bytes: int, *, propagate: bool) -> None:
+        self.folder, self.propagate = folder, propagate
         self.id = int.from_bytes(os.urandom(8), "big")
-        self.outputs_id = int.from_bytes(os.urandom(8), "big")
         self.exchange = Exchange(MemoryJournal(), NoBlobs("/nonexistent"), max_bytes, time.time)
         self.posts: dict[str, Post] = {}
-        self.outputs = Outputs(self.outputs_id, self.exchange.blobs, large=1 << 62)
+        self.errors: dict[str, tuple[bytes, str]] = {}
+        """(exception, traceback) of what could not be set up."""
+        self._incarnations = itertools.count(1)
+        self.outputs = Outputs(int.from_bytes(os.urandom(8), "big"), self.exchange.blobs, large=1 << 62)
         self.name, self.thread = "", 0
         self._lock = threading.RLock()
         self._sequence = self._number = 0
@@ -70,48 +76,85 @@ class Inline:
 
     def subscribe(self, spec: Spec) -> None:
         """Load the handler from its pickle, as every engine does, and set it up."""
-        work = handlers.loads(spec.handler)
-        runner = handlers.load(work, spec.name)
         with self.exchange.turn():
             self.exchange.subscribe(spec)
-            self.exchange.set_status(spec.name, "RUNNING")
-        self.posts[spec.name] = Post(spec, work, runner)
-        if runner.subscriber is not None:
-            self._inside(spec.name, runner.subscriber.setup)
+        self._begin(spec)
+        self.work_off()
+
+    def restart(self, name: str) -> None:
+        """Set up again what could not be set up."""
+        if name in self.errors:
+            self._begin(self.exchange.boxes[name].spec)
+            self.work_off()
+
+    def _begin(self, spec: Spec) -> None:
+        try:
+            work = handlers.loads(spec.handler)
+            runner = handlers.load(work, spec.name)
+            if runner.subscriber is not None:
+                self._inside(spec.name, runner.subscriber.setup)
+        except Exception as error:
+            self.errors[spec.name] = codec.encode_error(error), codec.traceback_text(error)
+            self._set_status(spec.name, "FATAL")
+            return
+        self.errors.pop(spec.name, None)
+        self.posts[spec.name] = Post(spec, work, runner, next(self._incarnations))
+        self._set_status(spec.name, "RUNNING")
+
+    def _set_status(self, name: str, status: str) -> None:
+        with self.exchange.turn():
+            self.exchange.set_status(name, status)
 
     def unsubscribe(self, name: str) -> None:
         with self.exchange.turn():
             self.exchange.unsubscribe(name)
             self.exchange.forget(name, "unsubscribed")
+        self.errors.pop(name, None)
         self._close(name)
+        self.work_off()
 
     def stop(self) -> int:
         """Tear all down; return how many events were given up."""
-        with self.exchange.turn():
-            given_up = sum(self.exchange.drop_pending(box, "stopped") for box in self.exchange.boxes.values())
         for name in list(self.posts):
             self._close(name)
+        with self.exchange.turn():
+            given_up = sum(self.exchange.drop_pending(box, "stopped") for box in self.exchange.boxes.values())
+        for name in self.exchange.boxes:
+            self._set_status(name, "STOPPED")
+        self._answer()
         return given_up
 
     def _close(self, name: str) -> None:
-        post = self.posts.pop(name)
-        if post.runner.subscriber is not None:
-            self._inside(name, post.runner.subscriber.teardown)
-        post.runner.close()
+        """End a subscriber; a teardown that fails disturbs no other."""
+        post = self.posts.pop(name, None)
+        if post is None:
+            return
+        try:
+            if post.runner.subscriber is not None:
+                self._inside(name, post.runner.subscriber.teardown)
+        except Exception as error:
+            text = codec.traceback_text(error)
+            self.exchange.tell("failure", name, text, key="", id="teardown", attempt=1, reason="exception")
+        finally:
+            post.runner.close()
+            with self.exchange.turn():
+                self.exchange.forget_incarnation(post.incarnation)
 
     def _inside(self, name: str, call: Any) -> None:
-        """Run a hook as inside a handler, then what it published."""
+        """Run a hook as inside a handler; what it published waits."""
         self.name, self.thread = name, threading.get_ident()
         before, holder.context = holder.context, self
         try:
             call()
+        except BaseException:
+            self.outputs.fresh.clear()
+            raise
         finally:
             holder.context = before
         self.outputs.keep(0)
         with self.exchange.turn():
             for output in self.outputs.take():
                 self.exchange.take_in(output.batch, encode(output.batch), output.body, self.exchange.epoch)
-        self.work_off()
 
     # -- publishing
 
@@ -120,6 +163,10 @@ class Inline:
         reply: Reply[object] | None = None, strict: bool = False,
     ) -> EventId:  # fmt: skip
         """Take in one event and, if this is the outermost call, handle it and all that follows."""
+        if len(data) > self.exchange.admitted:
+            raise PayloadError(
+                f"a payload of {len(data)} bytes exceeds what this hub admits ({self.exchange.admitted} bytes): raise max_bytes"
+            )
         with self._lock:
             self._number += 1
             self._sequence += 1
@@ -155,7 +202,8 @@ class Inline:
 
     def _step(self) -> bool:
         self._answer()
-        waiting = [box for box in self.exchange.boxes.values() if box.delivery.waiting and box.name in self.posts]
+        boxes = self.exchange.boxes.values()  # but those of handlers that wait for an answer
+        waiting = [box for box in boxes if box.delivery.waiting and not box.delivery.held and box.name in self.posts]
         if not waiting:
             return self._wait_for_retry()
         box = min(waiting, key=lambda box: box.delivery.waiting[0].portion.row.id)
@@ -191,25 +239,45 @@ class Inline:
         self.name, self.thread = post.spec.name, threading.get_ident()
         attempt = held.portion.attempts.get(index, 1)
         failures, replies = [], []
+        interrupt: BaseException | None = None
         before, holder.context = holder.context, self
+        started = time.perf_counter()
         try:
             data = split(row.body)[index]
             payload = codec.loads(data)
             self._current = (row, index, attempt, payload)
-            result = post.runner.call(payload)
+            result = self._call(post.runner, payload)
             replies = self._keep_result(post, row, index, result)
-        except Exception as error:
+        except BaseException as error:
             self.outputs.fresh.clear()
             failures = [self._failure(post, held.number, attempt, error, row)]
+            interrupt = None if isinstance(error, Exception) else error
         finally:
             holder.context, self._current = before, None
         self.outputs.keep(row.epoch)
         post.frame += 1
         report = Report(post.frame, held.number + held.count, 0, 0.0, failures, self.outputs.take(), replies)
+        seconds = time.perf_counter() - started
         with self.exchange.turn():
             box = self.exchange.boxes[post.spec.name]
-            self.exchange.report(box, box.number, report, time.time())
+            self.exchange.report(box, post.incarnation, report, time.time())
+            box.counters.seconds += seconds
+            box.samples.append(seconds)
         self.exchange.told = False
+        if interrupt is not None:
+            raise interrupt
+
+    def _call(self, runner: handlers.Runner, payload: object) -> object:
+        """Call the handler; beside a running loop a coroutine runs in a thread of its own, as asyncio allows one loop a thread."""
+        if not runner.is_async or not is_in_a_loop():
+            return runner.call(payload)
+
+        def call() -> object:
+            self.thread = threading.get_ident()
+            return runner.call(payload)
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(call).result()
 
     def _keep_result(self, post: Post, row: Row, index: int, result: object) -> list[ReplyRow]:
         if post.work.to is not None and result is not None:
@@ -218,7 +286,7 @@ class Inline:
             return []
         return [ReplyRow(row.batch.publisher, row.batch.number + index, "ok", codec.encode(result, "result"))]
 
-    def _failure(self, post: Post, number: int, attempt: int, error: Exception, row: Row) -> Failure:
+    def _failure(self, post: Post, number: int, attempt: int, error: BaseException, row: Row) -> Failure:
         retry, delay = handlers.retry_after(post.work, error, attempt)
         reason = {Reject: "rejected", RetryLater: "later"}.get(type(error), "exception")
         last = not retry or attempt >= post.spec.max_attempts
@@ -230,19 +298,42 @@ class Inline:
     # -- what a handler may ask (Context)
 
     def publish(self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool) -> EventId:
-        extra = Extra(ordering_key, headers) if ordering_key is not None or headers else None
+        extra = extra_of(ordering_key, headers)
         data = codec.encode(payload)
         if now:
             return self.send(key, data, extra)
-        return EventId.make(self.outputs_id, self.outputs.publish(key, data, extra))
+        return EventId.make(self.outputs.incarnation, self.outputs.publish(key, data, extra))
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
         reply: Reply[object] = Reply()
         self.send(key, codec.encode(payload), target=target, reply=reply)
+        if self._busy:
+            self._work_for(reply)
         return reply
+
+    def _work_for(self, reply: Reply[object]) -> None:
+        """Handle what waits until a handler's own request is answered: it is going to wait for that."""
+        before = self.name, self.thread, self._current, self.outputs
+        self.outputs = Outputs(int.from_bytes(os.urandom(8), "big"), self.exchange.blobs, large=1 << 62)
+        try:
+            while not reply.done() and self._step():
+                self._answer()
+        finally:
+            self.name, self.thread, self._current, self.outputs = before
+        if not reply.done() and self._replies.pop(reply.id.number, None) is not None:
+            reply.set_exception(HubError(f"subscriber {self.name!r} asks itself: with the inline engine it would wait for ever"))
 
     def current_event(self) -> Event:
         if self._current is None:
             raise HubError("mphub.current_event: no event is being handled; it works in handle(payload), not in setup or teardown")
         row, index, attempt, payload = self._current
         return event_of(row.batch, index, payload, attempt)
+
+
+def is_in_a_loop() -> bool:
+    """Say whether asyncio runs in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

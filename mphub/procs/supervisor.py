@@ -285,6 +285,8 @@ class Supervisor:
         self.link.ask("died", settled, incarnation=child.incarnation, charge=charge, slot=child.overran, cause=cause)
 
     def _decide(self, ward: Ward, child: Child, exit_: str | int, text: str, *, finished: bool, by_itself: bool) -> None:
+        if child.ending in ("stop", "restart") and child.ready and text and exit_ == 1:
+            self.notice("failure", ward.name, text, key="", id="teardown", attempt=1, first=True)
         if child.ending == "stop" or ward.leaving:
             self._set_state(ward, "STOPPED", lasting=False)
             return

@@ -55,6 +55,7 @@ class Worker:
     """One incarnation of a subscriber."""
 
     def __init__(self, address: Address, spec: Spec, incarnation: int, board: Path) -> None:
+        self.folder = address.folder
         self.address, self.spec, self.name, self.incarnation = address, spec, spec.name, incarnation
         self.thread = threading.get_ident()
         self.board = Board(board)
@@ -125,7 +126,7 @@ class Worker:
     def _commit_outputs(self) -> None:
         """Report what ``setup`` or ``teardown`` published."""
         self.outputs.keep(0)
-        if self.outputs.kept:
+        if self.outputs.size:  # kept, though perhaps not packed yet
             self._report()
 
     # -- the stream
@@ -374,7 +375,7 @@ class Worker:
         if now:
             epoch = self.deliver.epoch if self.deliver is not None else 0
             return connection_to(self.address).publish(key, payload, ordering_key=ordering_key, headers=headers, epoch=epoch)
-        extra = frames.Extra(ordering_key, headers) if ordering_key is not None or headers else None
+        extra = frames.extra_of(ordering_key, headers)
         return EventId.make(self.incarnation, self.outputs.publish(key, codec.encode(payload), extra))
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:

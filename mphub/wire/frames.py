@@ -11,6 +11,8 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from mphub.errors import InvalidOption
+
 T = TypeVar("T")
 
 HEAD: Final = struct.Struct("<IBI")
@@ -66,6 +68,18 @@ class Extra(Wire, frozen=True):
 
     ordering_key: str | None = None
     headers: dict[str, str] | None = None
+
+
+def extra_of(ordering_key: str | None, headers: dict[str, str] | None) -> Extra | None:
+    """Return what goes with an event, checked here: a peer that cannot read it closes the connection.
+
+    Raises InvalidOption.
+    """
+    if ordering_key is not None and not isinstance(ordering_key, str):
+        raise InvalidOption(f"ordering_key: got {ordering_key!r:.80}; expected a str")
+    if headers is not None and not (isinstance(headers, dict) and all(isinstance(x, str) for pair in headers.items() for x in pair)):
+        raise InvalidOption(f"headers: got {headers!r:.80}; expected a dict of str to str")
+    return Extra(ordering_key, headers) if ordering_key is not None or headers else None
 
 
 class Batch(Wire, frozen=True):

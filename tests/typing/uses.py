@@ -150,6 +150,7 @@ assert_type(hub.subscribe("numbers", "package.module:handler"), Subscription[Any
 assert_type(hub.subscribe(ORDERS, "package.module:handler"), Subscription[Any, Any])
 square = hub.subscribe("numbers", lambda n: n * n, name="square")
 assert_type(square.request(7).result(), Any)
+pair = hub.subscribe("numbers", lambda n: (n, [n]))
 constant = hub.subscribe("numbers", lambda n: 1)
 assert_type(constant, Subscription[Any, int])
 shown = hub.subscribe(ORDERS, lambda order: order.number)
