@@ -26,6 +26,8 @@ from mphub.wire import codec, frames
 from mphub.wire.frames import (
     BLOB_MIN,
     MAX_EVENTS,
+    MAX_KEYS_TOGETHER,
+    MAX_TOGETHER,
     Batch,
     Confirm,
     Extra,
@@ -113,7 +115,6 @@ class Connection:
         self._held: list[str] = []
         self._replies: dict[int, Reply[object]] = {}
         self._ended: MphubError | None = None
-        self._heard = 0.0
 
     # -- publishing
 
@@ -169,7 +170,16 @@ class Connection:
         return reply
 
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> int:
-        """Send events as one frame, which is journaled whole or not at all; wait for the confirm."""
+        """Send events as one frame, which is journaled whole or not at all; wait for the confirm.
+
+        Raises PayloadError: they are too many.
+        """
+        keys = sum(len(key) + 8 + (extra.size if extra else 0) for key, _, extra in events)
+        if len(events) > MAX_TOGETHER or keys > MAX_KEYS_TOGETHER:
+            raise PayloadError(
+                f"a transaction of {len(events)} events with {keys} bytes of keys and headers; "
+                f"at most {MAX_TOGETHER} and {MAX_KEYS_TOGETHER} go together: split it"
+            )
         with self._lock:
             self._ready(PLAIN)
             self._send()
@@ -222,6 +232,7 @@ class Connection:
         place = len(self._events)
         if extra is not None:
             self._extras[place] = extra
+            self._size += extra.size
         self._size += len(data)
         self._events.append(data)
         return self._first + place
@@ -263,9 +274,6 @@ class Connection:
             )
         )  # fmt: skip
         data = frames.frame(frames.BATCH, header, body)
-        if len(data) > frames.MAX_FRAME:
-            spilled = frames.Spilled(frames.BATCH, len(header), self._write_file(header + body))
-            data = frames.frame(frames.SPILLED, encode(spilled))
         self._sequence = sequence
         self._clear_batch()  # and nothing before the next line, so that an interrupt finds the batch in one place
         self._unconfirmed.append((sequence, data))
@@ -380,7 +388,7 @@ class Connection:
         except OSError as error:
             raise HubClosed(f"hub {self.address.name!r} is not running: start it first ({error.strerror})") from None
         mp_util.Finalize(self, _last_flush, args=(weakref.ref(self),), exitpriority=20)  # atexit does not run in forked children
-        self._thread = threading.Thread(target=self._read, name="mphub-publisher", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="mphub-publisher", daemon=True)
         self._thread.start()
 
     def _hello(self) -> Line:
@@ -389,6 +397,14 @@ class Connection:
         line.send(frames.HELLO_PUBLISHER, encode(HelloPublisher(self.address.token, self.id, me.pid, me.create_time())))
         return line
 
+    def _run(self) -> None:
+        """Read until the connection ends; whatever ends it, nobody waits for ever."""
+        try:
+            self._read()
+        except BaseException as error:
+            self.end(HubClosed(f"this process's connection to hub {self.address.name!r} failed: {type(error).__name__}: {error}"))
+            raise
+
     def _read(self) -> None:
         pid, line = self._pid, self._line
         while line is not None and pid == os.getpid():
@@ -396,18 +412,19 @@ class Connection:
             if got is None:
                 line = self._reconnect(line)
                 continue
-            self._heard = time.monotonic()
-            kind, header, _ = got
-            if kind == frames.CONFIRM:
-                self._confirmed(_confirm.decode(header))
-            elif kind == frames.REPLY:
-                self._answered(line, _reply.decode(header))
-            elif kind == frames.HOLD:
-                with self._lock:
-                    self._held = _hold.decode(header).patterns
-                    self._changed.notify_all()
-            elif kind == frames.CLOSED:
-                self.end(HubClosed(f"hub {self.address.name!r} was stopped"))
+            self._take(line, *got)
+
+    def _take(self, line: Line, kind: int, header: bytes, _: bytes) -> None:
+        if kind == frames.CONFIRM:
+            self._confirmed(_confirm.decode(header))
+        elif kind == frames.REPLY:
+            self._answered(line, _reply.decode(header))
+        elif kind == frames.HOLD:
+            with self._lock:
+                self._held = _hold.decode(header).patterns
+                self._changed.notify_all()
+        elif kind == frames.CLOSED:
+            self.end(HubClosed(f"hub {self.address.name!r} was stopped"))
 
     def _confirmed(self, confirm: Confirm) -> None:
         with self._lock:
@@ -464,16 +481,16 @@ class Connection:
         return None
 
     def _first_answer(self, line: Line) -> bool:
-        """Wait until a router reads this stream."""
+        """Take what a router says first, up to its confirm; say whether one reads this stream."""
         line.sock.settimeout(SILENCE)  # no MSG_DONTWAIT is used on it while it is timed
         try:
-            got = line.receive()
+            while (got := line.receive()) is not None:
+                self._take(line, *got)
+                if got[0] == frames.CONFIRM:
+                    return True
+            return False
         finally:
             line.sock.settimeout(None)
-        if got is None or got[0] != frames.CONFIRM:
-            return False
-        self._confirmed(_confirm.decode(got[1]))
-        return True
 
 
 def is_alive(pid: int, started: float) -> bool:

@@ -247,7 +247,7 @@ class InlineEngine:
         for name, box in exchange.boxes.items():
             counters = msgspec.structs.asdict(box.counters)
             del counters["pending"]
-            state = {"state": box.status, "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0, "samples": list(box.samples)}
+            state = {"state": box.status, "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0, "percentiles": percentiles(list(box.samples))}
             subscribers[name] = statistics_of({**counters, **state, "unfinished": box.unfinished, "running": 0})
         return HubStatistics(exchange.accepted, sum(exchange.unmatched.values()), {}, subscribers)
 
@@ -281,8 +281,8 @@ class InlineEngine:
 
 def statistics_of(counters: dict[str, Any]) -> SubscriberStatistics:
     """Build the public figures from the router's counters and the supervisor's states."""
-    handled, samples = counters["handled"] + counters["failed"], counters.pop("samples")
-    p50, p95, p99 = percentiles(samples)
+    handled = counters["handled"] + counters["failed"]
+    p50, p95, p99 = counters.pop("percentiles")
     unfinished, seconds = counters.pop("unfinished"), counters.pop("seconds")
     counters["pids"] = tuple(counters["pids"])
     waiting = unfinished - counters["running"]

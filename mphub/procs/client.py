@@ -49,7 +49,7 @@ class Client:
         except BaseException:
             self._remove_folder()
             raise
-        self._thread = threading.Thread(target=self._read, name="mphub-control", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="mphub-control", daemon=True)
         self._thread.start()
 
     def _launch(self) -> tuple[subprocess.Popen[bytes], Line]:
@@ -109,6 +109,14 @@ class Client:
             boot.kill_recorded(self.folder)
         self._thread.join(2.0)
         self._remove_folder()
+
+    def _run(self) -> None:
+        """Read until the hub ends; whatever ends it, nobody waits for ever."""
+        try:
+            self._read()
+        except BaseException as error:
+            self._end(HubFailed(f"what the supervisor said cannot be read: {type(error).__name__}: {error}"))
+            raise
 
     def _read(self) -> None:
         """Hear one supervisor after the other."""

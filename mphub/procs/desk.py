@@ -41,7 +41,7 @@ class Desk:
 
     def flush(self) -> None:
         for stream in self.clients:
-            stream.flush()
+            stream.flush_or_watch(self.selector)
 
     def _accept(self) -> None:
         sock, _ = self.listener.accept()

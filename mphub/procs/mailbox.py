@@ -46,7 +46,7 @@ class Mailbox:
     noted: set[int] = field(default_factory=set)
     """Rows with a progress row in the journal."""
     max_bytes: int = 0
-    samples: deque[float] = field(default_factory=lambda: deque(maxlen=500))
+    samples: deque[float] = field(default_factory=lambda: deque(maxlen=200))
     """Seconds a handler took, a mean for each report."""
 
     @classmethod

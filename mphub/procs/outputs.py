@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from mphub.store.blobs import Blobs
-from mphub.wire.frames import BLOB_MIN, Batch, Extra, Output, join
+from mphub.wire.frames import BLOB_MIN, MAX_EVENTS, Batch, Extra, Output, join
 
 
 class Outputs:
@@ -19,6 +19,8 @@ class Outputs:
         """Bytes kept."""
         self._number = 0
         self._events: list[tuple[str, bytes, Extra | None]] = []
+        self._header = 0
+        """Bytes of their keys and headers."""
         self._epoch = 0
 
     def publish(self, key: str, data: bytes, extra: Extra | None) -> int:
@@ -34,13 +36,15 @@ class Outputs:
             self._pack()
             self._epoch = epoch
         for key, data, extra in self.fresh:
-            if len(data) >= self.large:
+            large = len(data) >= self.large
+            size = len(key) + 8 + (extra.size if extra is not None else 0)
+            if large or self._header + size > self.large or len(self._events) >= MAX_EVENTS:
                 self._pack()
-                self._events.append((key, data, extra))
+            self._events.append((key, data, extra))
+            self._header += size
+            self.size += len(data) + size
+            if large:
                 self._pack()
-            else:
-                self._events.append((key, data, extra))
-            self.size += len(data) + len(key)
         self.fresh.clear()
 
     def take(self) -> list[Output]:
@@ -78,4 +82,4 @@ class Outputs:
         )
         self._number += len(events)
         self.kept.append(Output(batch, body))
-        self._events = []
+        self._events, self._header = [], 0

@@ -5,8 +5,7 @@ from __future__ import annotations
 from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING, Held
 from mphub.procs.mailbox import Mailbox
 from mphub.store.board import Board
-from mphub.wire import frames
-from mphub.wire.frames import Batch, HelloPublisher, ProtocolError, join, split
+from mphub.wire.frames import MAX_TOGETHER, Batch, HelloPublisher, ProtocolError, join, split
 from mphub.wire.stream import Stream
 
 
@@ -58,7 +57,7 @@ def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:
     """
     if batch.publisher != peer.hello.publisher or batch.sequence < 1 or not batch.runs:
         raise ProtocolError("a batch in another publisher's name, or an empty one")
-    if any(not 1 <= len(key) <= 255 or count < 1 for key, count in batch.runs) or batch.count > frames.MAX_FRAME:
+    if any(not 1 <= len(key) <= 255 or count < 1 for key, count in batch.runs) or batch.count > MAX_TOGETHER:
         raise ProtocolError("a batch with keys that cannot be")
     if batch.blob is None and count_of(body) != batch.count:
         raise ProtocolError(f"a batch of {batch.count} events whose body has {count_of(body)}")

@@ -17,6 +17,7 @@ from mphub.connection import is_alive
 from mphub.core.delivery import Held
 from mphub.errors import JournalError
 from mphub.observe.limiter import Limiter
+from mphub.observe.statistics import percentiles
 from mphub.procs.exchange import SETTLED, Exchange
 from mphub.procs.letters import Cause
 from mphub.procs.mailbox import LASTING
@@ -38,7 +39,6 @@ from mphub.wire.frames import (
     Push,
     RepliesTaken,
     Report,
-    Spilled,
     Welcome,
     decoder,
     encode,
@@ -59,7 +59,7 @@ HELLO_WITHIN = 5.0
 """Seconds after which a connection that has not said who it is is closed."""
 _batch, _report, _call = decoder(Batch), decoder(Report), decoder(Call)
 _hello_publisher, _hello_subscriber = decoder(HelloPublisher), decoder(HelloSubscriber)
-_taken, _spilled, _spec = decoder(RepliesTaken), decoder(Spilled), decoder(Spec)
+_taken, _spec = decoder(RepliesTaken), decoder(Spec)
 
 
 class Router:
@@ -80,7 +80,6 @@ class Router:
         self.drains: list[tuple[int, int]] = []
         self.answers: list[Answer] = []
         self.held: list[str] = []
-        self.writing: set[Stream] = set()
         self.limiter = Limiter()
         self.stopping = False
 
@@ -153,7 +152,6 @@ class Router:
         with contextlib.suppress(KeyError, ValueError):
             self.selector.unregister(stream.sock)
         self.strangers.pop(stream, None)
-        self.writing.discard(stream)
         peer = stream.peer
         if isinstance(peer, Seat) and peer.stream is stream:
             peer.stream = None
@@ -174,16 +172,10 @@ class Router:
                 level="warning",
                 message=f"a frame of kind {frame[0]} cannot be read ({error}): connection closed",
             )
-            self.writing.discard(stream)
             stream.out.clear()
             stream.sock.shutdown(socket.SHUT_RDWR)
 
     def _handle(self, stream: Stream, kind: int, header: bytes, body: bytes) -> None:
-        if kind == frames.SPILLED:
-            spilled = _spilled.decode(header)
-            data = bytes(self.blobs.read(spilled.blob))
-            self.exchange.references.end(spilled.blob)
-            kind, header, body = spilled.kind, data[: spilled.header], data[spilled.header :]
         peer = stream.peer
         if isinstance(peer, Seat):
             self._from_subscriber(peer, kind, header)
@@ -207,8 +199,7 @@ class Router:
         last = self.exchange.sequences.get(hello.publisher, 0)
         peer = stream.peer = PublisherPeer(stream, hello, last)
         self.publishers[hello.publisher] = peer
-        if self.held:
-            stream.send(frames.HOLD, encode(Hold(self.held)))
+        stream.send(frames.HOLD, encode(Hold(self.held)))  # also if nothing is held: its last router may have said otherwise
         for reply in self.exchange.letters.unanswered(hello.publisher):
             self.exchange.letters.replies.setdefault(hello.publisher, []).append(reply)
 
@@ -429,7 +420,7 @@ class Router:
         }
         for name, counters in boxes.items():
             del counters["pending"]
-            counters["samples"] = list(self.exchange.boxes[name].samples)
+            counters["percentiles"] = percentiles(list(self.exchange.boxes[name].samples))
         return {"accepted": self.exchange.accepted, "unmatched": self.exchange.unmatched, "subscribers": boxes}
 
     def do_dead_letters(self, name: str | None, after: int) -> dict[str, Any]:
@@ -482,17 +473,9 @@ class Router:
     # -- writing
 
     def _flush(self) -> None:
-        """Watch for room where something waits to be written, and only there."""
-        streams = [
-            self.link,
-            *(p.stream for p in self.publishers.values()),
-            *(s.stream for s in self.seats.values() if s.stream),
-        ]
-        for stream in streams:
-            if stream.out:
-                stream.flush()
-            waits = bool(stream.out)
-            if waits != (stream in self.writing):
-                (self.writing.add if waits else self.writing.discard)(stream)
-                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if waits else 0)
-                self.selector.modify(stream.sock, events, stream)
+        self.link.flush_or_watch(self.selector)
+        for peer in self.publishers.values():
+            peer.stream.flush_or_watch(self.selector)
+        for seat in self.seats.values():
+            if seat.stream is not None:
+                seat.stream.flush_or_watch(self.selector)

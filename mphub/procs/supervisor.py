@@ -92,6 +92,8 @@ class Supervisor:
                 for key, _ in self.selector.select(self._timeout()):
                     key.data()
                 self._tick()
+                self.link.stream.flush_or_watch(self.selector)
+                self.desk.flush()
         finally:
             self._end_all()
 
@@ -118,7 +120,6 @@ class Supervisor:
             for ward in list(self.wards.values()):
                 self._look_at(ward, now)
             self._name_holders(now)
-            self.desk.flush()
             self._reap_strangers()
 
     def _look_at(self, ward: Ward, now: float) -> None:
@@ -265,7 +266,7 @@ class Supervisor:
         cause: dict[str, object] = {
             "reason": "timeout" if child.ending == "limit" else "crash", "exit": exit_, "pid": child.pid,
             "traceback": text if not error else "", "rss": usage.ru_maxrss * 1024, "seconds": ward.spec.limits.timeout or 0.0,
-            "stderr": "\n".join(child.outputs["err"].recent),
+            "stderr": child.outputs["err"].last_words,
         }  # fmt: skip
         self._settle(child, charge, cause)
         if error or not child.ready:

@@ -17,12 +17,13 @@ import psutil
 from mphub.core.restarts import RestartCounter
 from mphub.procs import fork
 from mphub.store.board import Board
+from mphub.wire.codec import shortened
 from mphub.wire.specs import Spec
 
 LOG_BYTES = 1 << 20
 """What an output file may grow to before it is cut, and what may wait unread."""
-
-
+LINE_BYTES = 64 << 10
+"""A longer line is broken."""
 RECENT = 50
 """Lines of stderr that a dead letter has."""
 
@@ -45,9 +46,9 @@ class Tail:
         except OSError:
             return []
         *whole, self._part = data.split(b"\n")
-        if last and self._part:
+        if (last and self._part) or len(self._part) >= LINE_BYTES:
             whole, self._part = [*whole, self._part], b""
-        found = [line.decode(errors="replace") for line in whole]
+        found = [piece.decode(errors="replace") for line in whole for piece in pieces_of(line)]
         self.recent.extend(found)
         return found
 
@@ -62,6 +63,16 @@ class Tail:
             file.truncate(0)  # the child appends: it goes on at the start
             self._at = 0
         return data + (b"\n... %d bytes dropped: more than can be told\n" % dropped if dropped else b"")
+
+    @property
+    def last_words(self) -> str:
+        return shortened("\n".join(self.recent))
+
+
+def pieces_of(line: bytes) -> Iterator[bytes]:
+    """Break a long line."""
+    for at in range(0, len(line) or 1, LINE_BYTES):
+        yield line[at : at + LINE_BYTES]
 
 
 @dataclass(eq=False)
@@ -134,7 +145,7 @@ class Child:
         try:
             error, text = msgspec.msgpack.decode(data, type=tuple[bytes, str])
         except msgspec.MsgspecError:
-            return b"", data.decode(errors="replace")
+            return b"", shortened(data.decode(errors="replace"))
         return error, text
 
     def remove_files(self) -> None:

@@ -43,7 +43,6 @@ from mphub.wire.stream import Frame, Line
 REPORT_AFTER: Final = 0.001
 """Seconds that outputs and replies wait for company."""
 OUTPUT_BYTES: Final = 48 << 10
-TRACEBACK_CHARS: Final = 20_000
 _deliver, _welcome, _confirmed = decoder(Deliver), decoder(Welcome), decoder(int)
 
 
@@ -325,7 +324,7 @@ class Worker:
         self.board.map[Board.base + number % SLOTS] = FAILED
         retry, delay = handlers.retry_after(self.work, error, self._attempt(number))
         reason = {Reject: "rejected", RetryLater: "later"}.get(type(error), "exception")
-        text = codec.traceback_text(error)[-TRACEBACK_CHARS:]
+        text = codec.traceback_text(error)
         self.failures.append(Failure(number, reason, codec.encode_error(error), text, retry, delay))
         self.upto = number + 1
         if retry and delay <= 0:
@@ -351,11 +350,7 @@ class Worker:
             self.frame, self.upto, self.ran, self.seconds, self.failures, self.outputs.take(), self.replies,
             snapshot, blob, returned, self.generation,
         )  # fmt: skip
-        header = encode(report)
-        if len(header) < frames.MAX_FRAME - frames.HEAD.size:
-            data = frames.frame(frames.REPORT, header)
-        else:
-            data = frames.frame(frames.SPILLED, encode(frames.Spilled(frames.REPORT, len(header), self.blobs.write(header))))
+        data = frames.frame(frames.REPORT, encode(report))
         self.failures, self.replies, self.ran, self.seconds = [], [], 0, 0.0
         self.last_report = time.monotonic()
         self.unconfirmed.append((self.frame, self.upto, data))

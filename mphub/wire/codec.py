@@ -11,6 +11,8 @@ from types import ModuleType
 from mphub.errors import PayloadError, RemoteError
 
 loads = pickle.loads
+MOST_CHARS, MOST_BYTES = 20_000, 64 << 10
+"""Of an exception's text and pickle: they go into notices and dead letters."""
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
@@ -42,13 +44,29 @@ def encode_by_value(payload: object, what: str) -> bytes:
 
 
 def encode_error(error: BaseException) -> bytes:
-    """Pickle an exception; what cannot be pickled and loaded again becomes a RemoteError with its text."""
+    """Pickle an exception; what cannot be pickled and loaded again, or is large, becomes a RemoteError with its text."""
     try:
         data = encode(error, "exception")
         loads(data)
     except Exception:
-        return pickle.dumps(RemoteError(f"{type(error).__name__}: {error}"), 5)
-    return data
+        data = b""
+    if 0 < len(data) <= MOST_BYTES:
+        return data
+    return pickle.dumps(RemoteError(f"{type(error).__name__}: {_text(error)}"), 5)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return shortened(str(error))
+    except Exception as reason:
+        return f"<str() raised {type(reason).__name__}>"
+
+
+def shortened(text: str, most: int = MOST_CHARS) -> str:
+    """Cut the middle out of a long text; its two ends tell most. What utf-8 cannot say is escaped."""
+    if len(text) > most:
+        text = f"{text[: most // 2]}\n... {len(text) - most} characters left out ...\n{text[-most // 2 :]}"
+    return text.encode(errors="backslashreplace").decode()
 
 
 def traceback_text(error: BaseException) -> str:
@@ -56,7 +74,7 @@ def traceback_text(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(PACKAGE):
         trace = trace.tb_next
-    return "".join(traceback.format_exception(type(error), error, trace))
+    return shortened("".join(traceback.format_exception(type(error), error, trace)))
 
 
 def _cloudpickle() -> ModuleType:

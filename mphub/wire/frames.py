@@ -17,9 +17,17 @@ T = TypeVar("T")
 
 HEAD: Final = struct.Struct("<IBI")
 MAX_FRAME: Final = 1 << 20
-"""Bytes after the head; what is larger is spilled to a blob file."""
+"""Bytes after the head; what is larger goes in parts."""
+MAX_WHOLE: Final = 256 << 20
+"""Bytes of a frame that goes in parts."""
 BLOB_MIN: Final = 64 << 10
 """Bytes from which one pickle, handler, snapshot or set of outputs is a file of its own."""
+MAX_EXTRA: Final = 32 << 10
+"""Bytes of the headers and the ordering key of one event."""
+MAX_TOGETHER: Final = 1_000_000
+"""Events of one transaction."""
+MAX_KEYS_TOGETHER: Final = 32 << 20
+"""Bytes of their keys and headers."""
 MAX_EVENTS: Final = 8192
 """Events in one frame: half a board, so that a whole frame always fits one subscriber's credit."""
 
@@ -33,12 +41,13 @@ HELLO_SUBSCRIBER, READY, REPORT = 20, 21, 22
 DELIVER, REPORT_CONFIRM, STOP, WELCOME = 30, 31, 32, 33
 # hub <-> supervisor <-> router
 HELLO_CONTROL, CALL, ANSWER, PUSH = 40, 41, 42, 43
-SPILLED = 50
-"""The frame itself is a blob file (header: ``Spilled``)."""
+PART = 50
+"""A piece of a larger frame (header: MORE or LAST)."""
+MORE, LAST = b"+", b"."
 
 WIRE_KINDS: Final = frozenset(
     {HELLO_PUBLISHER, BATCH, REPLIES_TAKEN, BYE, CONFIRM, HOLD, REPLY, CLOSED, HELLO_SUBSCRIBER, READY, REPORT}
-    | {DELIVER, REPORT_CONFIRM, STOP, WELCOME, HELLO_CONTROL, CALL, ANSWER, PUSH, SPILLED}
+    | {DELIVER, REPORT_CONFIRM, STOP, WELCOME, HELLO_CONTROL, CALL, ANSWER, PUSH, PART}
 )
 
 
@@ -48,12 +57,6 @@ class ProtocolError(Exception):
 
 class Wire(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A header: travels as a msgpack array of its fields."""
-
-
-class Spilled(Wire, frozen=True):
-    kind: int
-    header: int
-    blob: str
 
 
 class HelloPublisher(Wire, frozen=True):
@@ -69,6 +72,12 @@ class Extra(Wire, frozen=True):
     ordering_key: str | None = None
     headers: dict[str, str] | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in a header, about."""
+        texts = [self.ordering_key or "", *(text for pair in (self.headers or {}).items() for text in pair)]
+        return sum(len(text.encode()) + 5 for text in texts)
+
 
 def extra_of(ordering_key: str | None, headers: dict[str, str] | None) -> Extra | None:
     """Return what goes with an event, checked here: a peer that cannot read it closes the connection.
@@ -79,7 +88,12 @@ def extra_of(ordering_key: str | None, headers: dict[str, str] | None) -> Extra 
         raise InvalidOption(f"ordering_key: got {ordering_key!r:.80}; expected a str")
     if headers is not None and not (isinstance(headers, dict) and all(isinstance(x, str) for pair in headers.items() for x in pair)):
         raise InvalidOption(f"headers: got {headers!r:.80}; expected a dict of str to str")
-    return Extra(ordering_key, headers) if ordering_key is not None or headers else None
+    if ordering_key is None and not headers:
+        return None
+    extra = Extra(ordering_key, headers)
+    if extra.size > MAX_EXTRA:
+        raise InvalidOption(f"headers and ordering_key: got {extra.size} bytes; expected at most {MAX_EXTRA}: put it into the payload")
+    return extra
 
 
 class Batch(Wire, frozen=True):
@@ -260,5 +274,20 @@ def decoder(kind: type[T]) -> msgspec.msgpack.Decoder[T]:
 
 
 def frame(kind: int, header: bytes = b"", body: bytes | memoryview = b"") -> bytes:
-    """Put a frame together; the caller has made sure that it is at most MAX_FRAME."""
-    return b"".join((HEAD.pack(len(header) + len(body), kind, len(header)), header, body))
+    """Put a frame together.
+
+    Raises ProtocolError: it is larger than MAX_WHOLE.
+    """
+    size = len(header) + len(body)
+    data = b"".join((HEAD.pack(size, kind, len(header)), header, body))
+    return data if size <= MAX_FRAME else in_parts(data)
+
+
+def in_parts(data: bytes) -> bytes:
+    """Cut a large frame into PART frames that follow one another."""
+    if len(data) > MAX_WHOLE:
+        raise ProtocolError(f"a frame of {len(data)} bytes; at most {MAX_WHOLE} can be sent")
+    step = MAX_FRAME - len(LAST)
+    pieces = [data[at : at + step] for at in range(0, len(data), step)]
+    heads = [HEAD.pack(len(piece) + 1, PART, 1) + (LAST if piece is pieces[-1] else MORE) for piece in pieces]
+    return b"".join(part for pair in zip(heads, pieces, strict=True) for part in pair)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import selectors
 import socket
 import struct
 
-from mphub.wire.frames import HEAD, MAX_FRAME, WIRE_KINDS, ProtocolError, frame
+from mphub.wire.frames import HEAD, LAST, MAX_FRAME, MAX_WHOLE, PART, WIRE_KINDS, ProtocolError, frame
 
 Frame = tuple[int, bytes, bytes]
 """(kind, header, body)."""
@@ -13,7 +15,7 @@ READ_SIZE = 256 << 10
 SOCKET_BUFFER = 1 << 20
 
 
-def cut(data: bytes) -> tuple[list[Frame], bytes]:
+def cut(data: bytes, largest: int = MAX_FRAME) -> tuple[list[Frame], bytes]:
     """Cut whole frames off the front; return them and the rest.
 
     Raises ProtocolError: a head that none of ours sends.
@@ -21,7 +23,7 @@ def cut(data: bytes) -> tuple[list[Frame], bytes]:
     found, at, end = [], 0, len(data)
     while end - at >= HEAD.size:
         size, kind, header = HEAD.unpack_from(data, at)
-        if size > MAX_FRAME or header > size or kind not in WIRE_KINDS:
+        if size > largest or header > size or kind not in WIRE_KINDS:
             raise ProtocolError(f"a frame of kind {kind} with {size} bytes, header {header}")
         body = at + HEAD.size + header
         if end - at - HEAD.size < size:
@@ -31,17 +33,48 @@ def cut(data: bytes) -> tuple[list[Frame], bytes]:
     return found, data[at:] if at else data
 
 
+class Intake:
+    """Makes frames of the bytes that arrive."""
+
+    __slots__ = ("_parts", "_rest", "_size")
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def take(self, got: bytes) -> list[Frame]:
+        """Return the frames that are whole now."""
+        found, self._rest = cut(self._rest + got if self._rest else got)
+        return [whole for each in found for whole in self._joined(each)] if any(each[0] == PART for each in found) else found
+
+    def _joined(self, each: Frame) -> list[Frame]:
+        kind, header, body = each
+        if kind != PART:
+            return [each]
+        self._parts.append(body)
+        self._size += len(body)
+        if self._size > MAX_WHOLE:
+            raise ProtocolError(f"a frame in parts of more than {MAX_WHOLE} bytes")
+        if header != LAST:
+            return []
+        found, _ = cut(b"".join(self._parts), MAX_WHOLE)
+        self._parts, self._size = [], 0
+        return found
+
+
 class Stream:
     """One peer of a selector loop: reads what is there, keeps what the socket does not take."""
 
-    __slots__ = ("_in", "out", "peer", "sock")
+    __slots__ = ("_in", "_watched", "out", "peer", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         enlarge(sock)
         self.sock = sock
         self.peer: object = None
-        self._in = b""
+        self._in = Intake()
+        self._watched = False
         self.out = bytearray()
 
     def fileno(self) -> int:
@@ -57,8 +90,7 @@ class Stream:
             return None
         if not got:
             return None
-        found, self._in = cut(self._in + got if self._in else got)
-        return found
+        return self._in.take(got)
 
     def send(self, kind: int, header: bytes = b"", body: bytes | memoryview = b"") -> None:
         """Send, or keep for the next ``flush``."""
@@ -75,6 +107,16 @@ class Stream:
         except OSError:  # the peer is gone: reading will say so
             self.out.clear()
 
+    def flush_or_watch(self, selector: selectors.BaseSelector) -> None:
+        """Write what waits; let the selector watch for room while something is left, and only then."""
+        if self.out:
+            self.flush()
+        waits = bool(self.out)
+        if waits != self._watched:
+            self._watched = waits
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if waits else 0)
+            selector.modify(self.sock, events, selector.get_key(self.sock).data)
+
     def close(self) -> None:
         self.sock.close()
 
@@ -87,7 +129,7 @@ class Line:
     def __init__(self, sock: socket.socket) -> None:
         enlarge(sock)
         self.sock = sock
-        self._in = b""
+        self._in = Intake()
         self._ready: list[Frame] = []
 
     @classmethod
@@ -109,9 +151,8 @@ class Line:
                 return None
             if not got:
                 return None
-            found, self._in = cut(self._in + got if self._in else got)
-            found.reverse()
-            self._ready = found
+            self._ready = self._in.take(got)
+            self._ready.reverse()
         return self._ready.pop()
 
     def has_frame(self) -> bool:
@@ -134,8 +175,10 @@ class Line:
             raise
 
     def close(self) -> None:
+        """End the connection, also if user code has closed its descriptor."""
         shut(self.sock)
-        self.sock.close()
+        with contextlib.suppress(OSError):
+            self.sock.close()
 
 
 def enlarge(sock: socket.socket) -> None:

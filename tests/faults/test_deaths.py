@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 import mphub
-from mphub import EventHub, Restart, Retry, Snapshot, Subscriber, Subscription
+from mphub import EventHub, Inbox, Restart, Retry, Snapshot, Subscriber, Subscription
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
@@ -158,6 +159,31 @@ def test_a_snapshotting_counter_is_exact_under_kills() -> None:
 
 
 @pytest.mark.timeout(120)
+def test_held_publishers_go_on_when_the_router_dies(tmp_path: Path) -> None:
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    hub = EventHub()
+
+    def handle(n: int) -> None:
+        while not gate.exists():
+            time.sleep(0.01)
+        note(log, n)
+
+    hub.subscribe("k", handle, name="s", inbox=Inbox(maxsize=200))
+    with hub:
+        publisher = threading.Thread(target=lambda: hub.publish_batch("k", range(50_000)))
+        publisher.start()
+        connection = hub.publisher()._connection
+        for _ in range(2):
+            assert eventually(lambda: connection._held, 10)
+            os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+            time.sleep(0.2)
+        gate.touch()
+        publisher.join(20)
+        assert not publisher.is_alive()
+        hub.drain(20)
+    assert lines(log) == [str(n) for n in range(50_000)]
+
+
 def test_retries_at_once_are_neither_lost_nor_repeated_when_the_router_dies(tmp_path: Path) -> None:
     log, count = tmp_path / "log", 3000
     hub = EventHub()

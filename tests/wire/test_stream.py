@@ -72,3 +72,26 @@ def test_a_line_says_whether_a_frame_is_there(pair: tuple[socket.socket, socket.
     assert not line.has_frame()
     pair[0].close()
     assert line.receive() is None
+
+
+def test_a_frame_of_any_size_arrives_whole_between_others(pair: tuple[socket.socket, socket.socket]) -> None:
+    stream, line = Stream(pair[0]), Line(pair[1])
+    large = bytes(range(256)) * 12_000  # three times what one frame takes
+    sent = [(frames.CALL, b"before", b""), (frames.ANSWER, large, b"!"), (frames.PUSH, b"", large), (frames.CALL, b"after", b"")]
+    for each in sent:
+        stream.send(*each)
+    got: list[Frame | None] = []
+    reader = threading.Thread(target=lambda: got.extend(line.receive() for _ in sent))
+    reader.start()
+    while stream.out:
+        stream.flush()
+    reader.join(10)
+    assert got == sent
+
+
+def test_parts_without_end_are_a_protocol_error(pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mphub.wire.stream.MAX_WHOLE", 1000)
+    stream = Stream(pair[0])
+    pair[1].sendall(frame(frames.PART, frames.MORE, b"x" * 300) * 4)
+    with pytest.raises(ProtocolError, match="in parts"):
+        stream.read()

@@ -1,0 +1,121 @@
+"""Whatever is large: lines, exceptions, headers, lists of ids. Nothing of it ends a process or a connection."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import mphub
+from mphub import EventHub, InvalidOption, PayloadError
+from tests.procs.test_hub import lines, note
+
+LARGE = 3_000_000
+
+
+def test_a_line_of_megabytes_ends_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    hub = EventHub()
+
+    def chatty(n: int) -> None:
+        print("y" * 700_000)
+        print("z" * LARGE, file=sys.stderr)
+        print("after", n)
+
+    hub.subscribe("k", chatty)
+    with hub:
+        hub.publish("k", 7)
+        hub.drain(20)
+    assert "after 7" in capfd.readouterr().out
+
+
+def test_an_exception_of_megabytes_is_told_shortened() -> None:
+    hub = EventHub(check=False)
+
+    def fail(_: int) -> None:
+        raise ValueError("begin" + "x" * LARGE + "end")
+
+    subscription = hub.subscribe("k", fail)
+    with hub:
+        hub.publish("k", 1)
+        with pytest.raises(mphub.RemoteError, match="begin"):
+            subscription.request(2).result(10)
+        hub.drain(20)
+        (letter,) = hub.dead_letters()
+    assert "begin" in str(letter.error) and "end" in str(letter.error) and len(letter.traceback) < 100_000
+
+
+def test_what_cannot_be_put_into_text_fails_its_event_only() -> None:
+    class Odd(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+        def __reduce__(self) -> str:
+            raise RuntimeError("no pickle")
+
+    def fail(n: int) -> None:
+        if n == 1:
+            raise Odd
+        if n == 2:
+            raise ValueError("\udc80")
+
+    hub = EventHub(check=False)
+    hub.subscribe("k", fail, name="s")
+    with hub:
+        hub.publish_batch("k", range(4))
+        hub.drain(20)
+        statistics = hub.statistics().subscribers["s"]
+    assert (statistics.handled, statistics.dead, statistics.restarts) == (2, 2, 0)
+
+
+def test_headers_are_bounded_and_many_of_them_travel(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    hub = EventHub()
+    hub.subscribe("k", lambda n: note(log, len(mphub.current_event().headers["h"])))
+    with hub:
+        with pytest.raises(InvalidOption, match="at most 32768"):
+            hub.publish("k", 1, headers={"h": "x" * 40_000})
+        for n in range(200):
+            hub.publish("k", n, headers={"h": "x" * 20_000})
+    assert lines(log) == ["20000"] * 200
+
+
+def test_one_event_may_publish_any_number_of_keys(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    hub = EventHub()
+
+    def spread(count: int) -> None:
+        for n in range(count):
+            mphub.publish(f"out.{'x' * 100}.{n}", n)
+
+    hub.subscribe("k", spread)
+    hub.subscribe("out.>", lambda n: note(log, n), name="sink")
+    with hub:
+        hub.publish("k", 20_000)
+    assert lines(log) == [str(n) for n in range(20_000)]
+
+
+def test_a_transaction_of_many_keys_is_taken_whole_or_refused() -> None:
+    hub = EventHub()
+    hub.subscribe("k.>", len, name="s")
+    with hub:
+        with hub.transaction() as transaction:
+            for n in range(20_000):
+                transaction.publish(f"k.{'x' * 100}.{n}", "")
+        hub.drain(30)
+        assert hub.statistics().subscribers["s"].handled == 20_000
+        with pytest.raises(PayloadError, match="split it"), hub.transaction() as transaction:
+            for n in range(200_000):
+                transaction.publish(f"k.{'x' * 200}.{n}", "")
+        hub.publish("k.1", "")
+
+
+def test_any_number_of_ids_can_be_purged() -> None:
+    hub = EventHub(check=False)
+    hub.subscribe("k", lambda n: 1 / n, name="s")
+    with hub:
+        hub.publish_batch("k", [0] * 3)
+        hub.drain(20)
+        ids = [letter.id for letter in hub.dead_letters()]
+        assert hub.purge(ids=[*range(200_000), *ids[:2]]) == 2
+        assert hub.redrive(ids=[*range(200_000), ids[2]]) == 1
