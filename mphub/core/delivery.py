@@ -30,7 +30,7 @@ class Portion:
     size: int
     """Bytes per event, on average."""
     attempts: dict[int, int] = field(default_factory=dict)
-    """index -> number of its next run, where that is not the first."""
+    """index -> number of its next run, of those that run alone: it is not their first, or they are suspected."""
 
     @property
     def count(self) -> int:
@@ -83,6 +83,10 @@ class Verdict:
     """Events that had started and start anew, charged or not."""
     changed: list[Portion] = field(default_factory=list)
     """Portions whose attempts changed."""
+    ran: bool = False
+    """Something was running."""
+    last: tuple[Portion, int] | None = None
+    """The last event that had returned or raised, was not committed, and is not charged."""
 
 
 class Delivery:
@@ -264,6 +268,7 @@ class Delivery:
         self.generation += 1
         for piece in reversed(back):
             self._put(piece, self.waiting.appendleft)
+        suspect(verdict)
         return verdict
 
     def died_unseen(self, ranges: list[Range], states: Callable[[int, int], bytes], charged: Callable[[int], bool]) -> Verdict:
@@ -279,12 +284,13 @@ class Delivery:
             rest = self._judge(piece.portion, [(i, state, number is not None and charged(number)) for i, state, number in seen], verdict)
             if rest:
                 self._put(Piece(piece.portion, rest), self.waiting.append)
+        suspect(verdict)
         return verdict
 
     def _settle(self, held: Held, states: bytes, charged: Callable[[int], bool], verdict: Verdict, back: list[Piece]) -> None:
         offset = held.number - held.index
         seen = [(index, states[index - held.index]) for index in indexes(held.spans)]
-        rest = self._judge(held.portion, [(i, state, state == RUNNING and charged(offset + i)) for i, state in seen], verdict)
+        rest = self._judge(held.portion, [(i, state, charged(offset + i)) for i, state in seen], verdict)
         if rest:
             back.append(Piece(held.portion, rest))
 
@@ -292,14 +298,16 @@ class Delivery:
         """Sort (index, state, charged) into the verdict; return what goes on waiting."""
         finished, rest = [], []
         for index, state, charged in seen:
+            verdict.ran |= state == RUNNING
             if state == DONE:
                 finished.append(index)
                 continue
-            if state == RUNNING and charged:
+            if charged and (state == RUNNING or (state != WAITING and index in portion.attempts)):
                 if not self._charge(portion, index, verdict):
                     continue
             elif state != WAITING:
                 verdict.again.append(Again(portion, index, portion.attempts.get(index, 1)))
+                verdict.last = (portion, index) if charged else verdict.last
             rest.append(index)
         if finished:
             verdict.finished.append((portion, spans_of(finished)))
@@ -315,6 +323,14 @@ class Delivery:
         verdict.again.append(Again(portion, index, attempt + 1))
         verdict.changed.append(portion)
         return True
+
+
+def suspect(verdict: Verdict) -> None:
+    """Let the last uncommitted event run alone if nothing ran: committing it may be what kills, and the next death is charged to it."""
+    if verdict.last is not None and not verdict.ran:
+        portion, index = verdict.last
+        portion.attempts.setdefault(index, 1)
+        verdict.changed.append(portion)
 
 
 def failures_of(portion: Portion, failed: dict[int, tuple[Portion, int]]) -> Spans:

@@ -125,7 +125,9 @@ class Exchange:
         old = self.boxes.get(spec.name)
         if old is not None:
             self.table.remove(old)
-            old.spec = spec
+            if old.spec.handler_blob != spec.handler_blob:  # else the call is repeated
+                self.references.end(old.spec.handler_blob)
+            old.adopt(spec, self.admitted)
             box = old
         else:
             number = 1 + max((b.number for b in self.boxes.values()), default=0)
@@ -142,14 +144,15 @@ class Exchange:
             self.table.remove(self.boxes[name])
 
     def forget(self, name: str, reason: str) -> None:
-        """Drop what waits for a subscriber whose process is gone, and the subscriber; its books stay."""
+        """Drop what waits for a subscriber whose process is gone, and the subscriber; its books and dead letters stay."""
         box = self.boxes.get(name)
-        if box is None:  # the call is repeated
+        if box is None or box.gone:  # the call is repeated
             return
         self.drop_pending(box, reason)
-        box.status = "STOPPED"
-        for kind in (b"d", b"t"):
-            self.journal.delete("subscribers", kind + name.encode())
+        self.references.end(box.spec.handler_blob)
+        box.bury()
+        self.journal.put("subscribers", b"d" + name.encode(), encode(box.spec))
+        self.journal.put("subscribers", b"t" + name.encode(), box.status.encode())
 
     def drop_pending(self, box: Mailbox, reason: str) -> int:
         """Drop everything that waits, counted; requests end with Dropped."""
@@ -331,13 +334,13 @@ class Exchange:
 
     # -- what became of them
 
-    def report(self, box: Mailbox, incarnation: int, report: Report, now: float) -> None:
+    def report(self, box: Mailbox, incarnation: int, report: Report, now: float) -> bool:
         """Commit acks, failures, outputs, replies and snapshot of one frame together; a repeat is dropped whole.
 
-        Raises JournalError: it cannot keep the outputs; nothing of the frame is committed.
+        Return whether events have ended by it. Raises JournalError: it cannot keep the outputs; nothing of the frame is committed.
         """
         if report.frame <= self.frames.get(incarnation, (0, 0))[0]:
-            return
+            return False
         if report.outputs and self.used + sum(output.batch.size for output in report.outputs) > self.max_bytes:
             raise JournalError(f"{box.name} publishes more than the hub can keep ({self.max_bytes} bytes): raise max_bytes")
         self.frames[incarnation] = (report.frame, report.upto)
@@ -362,6 +365,7 @@ class Exchange:
         if report.ran:
             delivery.credit.measured(report.ran, report.seconds)
             box.samples.append(report.seconds / report.ran)
+        return bool(finished or failed)
 
     def _fail(self, box: Mailbox, portion: Portion, index: int, failure: Failure, now: float) -> None:
         attempt = portion.attempts.get(index, 1)

@@ -106,6 +106,7 @@ class Letters:
             box = self.exchange.boxes[dead.subscriber]
             box.counters.dead -= 1
             box.counters.drop("dead_letters_full", 1)
+            self.exchange.touch(box)
             self.exchange.tell(
                 "dead_letters_full",
                 box.name,
@@ -141,7 +142,7 @@ class Letters:
         moved = 0
         for key, dead in list(self._scan(name, ids)):
             box = self.exchange.boxes.get(dead.subscriber)
-            if box is None:
+            if box is None or box.gone:
                 continue
             epoch = self.exchange.epoch
             number = self.exchange.make_single(box, dead.batch, dead.body, epoch, 1, 0.0)

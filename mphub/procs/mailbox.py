@@ -7,13 +7,15 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
+
 from mphub.core.credit import Credit
 from mphub.core.delivery import Delivery, Portion
 from mphub.core.rows import Row
 from mphub.store.board import SLOTS
 from mphub.store.journal import Counters, Single, SubscriberState
 from mphub.wire.frames import encode
-from mphub.wire.specs import Spec
+from mphub.wire.specs import Spec, Surroundings
 
 WINDOW_EVENTS = 10_000
 WINDOW_BYTES = 8_000_000
@@ -51,10 +53,26 @@ class Mailbox:
 
     @classmethod
     def make(cls, spec: Spec, state: SubscriberState, admitted: int) -> Mailbox:
-        least = spec.snapshot.every if spec.snapshot else 1
-        delivery = Delivery(spec.max_attempts, Credit(cap=SLOTS // 2, least=least), SLOTS)
-        limit = int(spec.inbox.max_bytes)
-        return cls(spec, state, delivery, unfinished=state.counters.unfinished, max_bytes=min(limit, admitted // 2))
+        delivery = Delivery(spec.max_attempts, credit_for(spec), SLOTS)
+        box = cls(spec, state, delivery, unfinished=state.counters.unfinished)
+        box.adopt(spec, admitted)
+        return box
+
+    def adopt(self, spec: Spec, admitted: int) -> None:
+        """Follow another subscription of the same name."""
+        self.spec = spec
+        self.max_bytes = min(int(spec.inbox.max_bytes), admitted // 2)
+        self.delivery.max_attempts, self.delivery.credit = spec.max_attempts, credit_for(spec)
+
+    def bury(self) -> None:
+        """Keep the books of one that is unsubscribed, and nothing else."""
+        nowhere = Surroundings("", [], {})
+        self.spec = msgspec.structs.replace(self.spec, patterns=[], handler=b"", handler_blob=None, surroundings=nowhere)
+        self.status = "STOPPED"
+
+    @property
+    def gone(self) -> bool:
+        return not self.spec.patterns
 
     @property
     def name(self) -> str:
@@ -137,6 +155,10 @@ class Mailbox:
         over = self.unfinished >= self.spec.inbox.maxsize * least or self.bytes >= self.max_bytes * least
         self.full = over and self.overflow == "block"
         return self.full != was
+
+
+def credit_for(spec: Spec) -> Credit:
+    return Credit(cap=SLOTS // 2, least=spec.snapshot.every if spec.snapshot else 1)
 
 
 def single_portion(number: int, single: Single) -> Portion:

@@ -23,7 +23,7 @@ from mphub.procs.letters import Cause
 from mphub.procs.mailbox import LASTING
 from mphub.procs.peers import PublisherPeer, Seat, body_of, check_batch, running_of, unpack_ids
 from mphub.store.blobs import Blobs
-from mphub.store.board import Board
+from mphub.store.board import COMMITTED, Board
 from mphub.store.journal import Journal
 from mphub.wire import frames
 from mphub.wire.frames import (
@@ -277,7 +277,8 @@ class Router:
         if kind == frames.REPORT:
             report = _report.decode(header)
             try:
-                self.exchange.report(seat.box, seat.incarnation, report, time.time())
+                if self.exchange.report(seat.box, seat.incarnation, report, time.time()):
+                    seat.board.raise_flag(COMMITTED)
             except JournalError as error:  # its state is ahead of what is kept: another incarnation does that again
                 seat.fenced = True
                 self._push("full", incarnation=seat.incarnation, message=str(error))
@@ -338,7 +339,7 @@ class Router:
 
     def do_specs(self) -> list[tuple[bytes, str]]:
         """Tell what is subscribed, and its lasting state, to a new supervisor."""
-        return [(encode(box.spec), box.status) for box in self.exchange.boxes.values() if box.spec.patterns]
+        return [(encode(box.spec), box.status) for box in self.exchange.boxes.values() if not box.gone]
 
     def do_stop_routing(self, name: str) -> None:
         self.exchange.unsubscribe(name)

@@ -16,8 +16,8 @@ from typing import Final
 SLOTS: Final = 16384
 """State bytes; a subscriber holds at most this many events."""
 RANGES: Final = 1024
-READY: Final = 0
-"""Offset of a flag."""
+READY, COMMITTED = 0, 1
+"""Offsets of flags: set up; something that it has handled is in the journal."""
 _RANGE: Final = struct.Struct("<QIQI8x")
 _RINGS_AT: Final = 64
 _STATES_AT: Final = _RINGS_AT + RANGES * _RANGE.size
@@ -72,8 +72,8 @@ class Board:
         return part + self.map[_STATES_AT : _STATES_AT + first + count - SLOTS] if first + count > SLOTS else part
 
     def finished_any(self) -> bool:
-        """Say whether this incarnation has finished an event, successfully or not."""
-        return any(self.map.find(state, _STATES_AT, SIZE) >= 0 for state in (b"\x03", b"\x02", b"\x04"))
+        """Say whether this incarnation has finished an event for good: what is handled but not committed runs again."""
+        return self.flag(COMMITTED) or self.map.find(b"\x03", _STATES_AT, SIZE) >= 0
 
     def running_slot(self) -> int | None:
         """Return the slot of the first event that runs now, if any."""

@@ -264,11 +264,16 @@ class Subscriber(RuleBasedStateMachine):
         for portion, spans in verdict.finished:
             self.settle(portion, spans)
         for portion, index, attempts in verdict.dead:
-            assert (portion.row.id, index) == running and blamed and attempts == attempt == MAX_ATTEMPTS
+            assert blamed and attempts == before.get((portion.row.id, index), 1) == MAX_ATTEMPTS
+            assert running in ((portion.row.id, index), None)
             self.bury(portion, index)
         after = self.attempts()
         charged = {name for name in after if after[name] != before.get(name)}
-        assert charged == ({running} if running and blamed and attempt < MAX_ATTEMPTS else set()), "only what ran is charged"
+        if running:
+            assert charged == ({running} if blamed and attempt < MAX_ATTEMPTS else set()), "only what ran is charged"
+        else:
+            assert len(charged) <= blamed, "or else what was being committed"
+            assert all(after[name] == before.get(name, 0) + 1 for name in charged), "which is suspected once before"
         self.process = Process(generation=self.delivery.generation)
         self.committed = (0, 0)
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -85,6 +86,34 @@ def test_poison_among_good_events_stops_nobody() -> None:
         found = subscription.statistics()
         assert (found.state, found.dead, found.handled, found.restarts) == ("RUNNING", 500, 99_500, 1500)
     assert [(letter.payload, letter.attempts) for letter in hub.dead_letters()] == [(n, 3) for n in range(100, 100_000, 200)]
+
+
+def test_an_event_that_kills_while_it_is_committed_is_found() -> None:
+    class Total(Subscriber[int, int]):
+        def setup(self) -> None:
+            self.seen: list[int] = []
+
+        def handle(self, n: int) -> int:
+            self.seen.append(n)
+            return n
+
+        def snapshot(self) -> list[int]:
+            if 13 in self.seen:
+                os._exit(3)
+            return self.seen
+
+        def restore(self, state: Any) -> None:
+            self.seen = state
+
+    hub = EventHub(check=False)
+    hub.subscribe("k", Total, name="s", snapshot=Snapshot(), retry=Retry(max_attempts=2))
+    with hub:
+        hub.publish_batch("k", range(20))
+        hub.drain(30)
+        statistics = hub.statistics().subscribers["s"]
+        (letter,) = hub.dead_letters()
+    assert (letter.payload, letter.reason, letter.exit, letter.attempts) == (13, "crash", 3, 2)
+    assert (statistics.handled, statistics.state) == (19, "RUNNING")
 
 
 def test_one_that_dies_on_everything_is_fatal_after_nine_deaths() -> None:
@@ -292,7 +321,8 @@ def test_calls_that_wait_are_answered_by_the_next_supervisor() -> None:
         hub.drain(20)
         late.unsubscribe()
         os.kill(hub.statistics().pids["supervisor"], signal.SIGKILL)
-        assert list(hub.statistics().subscribers) == ["slow"]
+        found = hub.statistics().subscribers
+        assert (found["late"].state, found["late"].handled) == ("STOPPED", 1), "its books stay"
 
 
 def test_a_hub_between_two_supervisors_is_not_swept_by_another() -> None:
@@ -371,3 +401,36 @@ def test_garbage_closes_its_own_connection_only(tmp_path: Path) -> None:
 
 def stat_mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
+
+
+def test_the_letters_of_an_unsubscribed_one_outlive_the_router() -> None:
+    hub = EventHub(check=False)
+    subscription = hub.subscribe("k", lambda n: 1 / n, name="s")
+    with hub:
+        hub.publish_batch("k", [0] * 3)
+        hub.drain(20)
+        subscription.unsubscribe()
+        os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+        assert hub.redrive("s") == 0, "nobody would handle them"
+        assert hub.statistics().subscribers["s"].dead == len(hub.dead_letters()) == 3
+        assert hub.purge("s", ids=[hub.dead_letters()[0].id]) == 1
+        hub.subscribe("k", lambda n: None, name="s", retry=Retry(max_attempts=1))
+        assert hub.redrive("s") == 2
+        hub.drain(20)
+        assert hub.statistics().subscribers["s"].handled == 2
+
+
+def test_the_same_name_again_has_its_new_options(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    hub = EventHub(check=False)
+
+    def die(n: int) -> None:
+        note(log, n)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with hub:
+        hub.subscribe("k", die, name="s", retry=Retry(max_attempts=1)).unsubscribe()
+        hub.subscribe("k", die, name="s", retry=Retry(max_attempts=3), restart=AT_ONCE)
+        hub.publish("k", 1)
+        hub.drain(20)
+    assert lines(log) == ["1"] * 3
