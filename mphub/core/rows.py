@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from mphub.events import Event, EventId
-from mphub.wire.frames import Batch, Extra, split
+from mphub.wire.frames import Batch, Extra
 
 
 class Row:
@@ -27,11 +27,12 @@ class Row:
     def key(self, index: int) -> str:
         return key_of(self.batch, index)
 
-    def event(self, index: int) -> bytes:
-        """Return the pickle of one event (empty if it is a blob)."""
-        return b"" if self.batch.blob else split(self.body)[index]
+    @property
+    def is_blob(self) -> bool:
+        """Say whether it is one event that is a file of its own; the file of several holds a body."""
+        return self.batch.blob is not None and self.count == 1
 
-    def only(self, index: int) -> Batch:
+    def only(self, index: int, size: int, blob: str | None) -> Batch:
         """Return the header of one event alone."""
         extras = self.batch.extras or {}
         return msgspec.structs.replace(
@@ -39,7 +40,8 @@ class Row:
             number=self.batch.number + index,
             runs=[(self.key(index), 1)],
             extras={0: extras[index]} if index in extras else None,
-            size=self.size_each,
+            size=size,
+            blob=blob,
         )
 
     @property

@@ -24,7 +24,7 @@ from mphub.procs.recovery import recover
 from mphub.store.blobs import Blobs, References
 from mphub.store.board import Board
 from mphub.store.journal import Counters, Keeper, Progress, Single, Stored, SubscriberState
-from mphub.wire.frames import Batch, Failure, ReplyRow, Report, decoder, encode, join
+from mphub.wire.frames import Batch, Failure, ReplyRow, Report, decoder, encode, join, split, views
 from mphub.wire.specs import Spec
 
 ADMIT = 0.75
@@ -388,10 +388,19 @@ class Exchange:
 
     def _postpone(self, box: Mailbox, portion: Portion, index: int, attempt: int, due: float) -> None:
         """Cut one event out into a row of its own that waits for its time."""
-        number = self.make_single(box, portion.row.only(index), portion.row.event(index), portion.row.epoch, attempt, due)
+        batch, body = self.cut_out(portion.row, index)
+        number = self.make_single(box, batch, body, portion.row.epoch, attempt, due)
         heapq.heappush(box.delayed, (due, number))
         portion.finish([(index, index + 1)])
         self._close_if_done(box, portion)
+
+    def cut_out(self, row: Row, index: int) -> tuple[Batch, bytes]:
+        """Return one event alone: (header, its pickle, empty if that is a blob)."""
+        if row.is_blob:
+            return row.only(index, row.batch.size, row.batch.blob), b""
+        events = views(self.blobs.read(row.batch.blob)) if row.batch.blob is not None else split(row.body)
+        data, blob = self.blobs.spill(bytes(events[index]))
+        return row.only(index, len(events[index]), blob), data
 
     def make_single(self, box: Mailbox, batch: Batch, body: bytes, epoch: int, attempt: int, due: float) -> int:
         number = self.next_row

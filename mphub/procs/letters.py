@@ -78,9 +78,10 @@ class Letters:
             self.answer(row, index, outcome, body)
         else:
             death = cause or NO_DEATH
+            batch, body = self.exchange.cut_out(row, index)
             self._keep(
                 Dead(
-                    box.name, row.only(index), row.epoch, row.event(index), reason, attempts, self.exchange.clock(), error,
+                    box.name, batch, row.epoch, body, reason, attempts, self.exchange.clock(), error,
                     traceback or death.traceback, death.exit, death.pid, death.rss, death.stderr, told,
                 )
             )  # fmt: skip

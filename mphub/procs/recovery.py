@@ -37,6 +37,7 @@ def recover(exchange: Exchange) -> None:
         load_everywhere(exchange, int.from_bytes(key, "big"), _stored.decode(value), progress)
     for box in exchange.boxes.values():
         load_singles(exchange, box)
+    exchange.references.end_of_writer(exchange.blobs.number)  # the last router's, of what it did not commit
 
 
 def load_box(exchange: Exchange, spec: Spec, name: bytes) -> None:

@@ -36,6 +36,7 @@ from mphub.wire.frames import (
     decoder,
     encode,
     split,
+    views,
 )
 from mphub.wire.specs import Spec
 from mphub.wire.stream import Frame, Line
@@ -221,7 +222,7 @@ class Worker:
         data = self.blobs.read(deliver.batch.blob or "")
         if deliver.batch.count == 1:
             return [data]
-        events = split(data)
+        events = views(data)
         return [events[deliver.index + i] for i in self.offsets]
 
     def _run(self, deliver: Deliver) -> None:

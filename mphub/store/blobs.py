@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from pathlib import Path
 
 from mphub.wire.frames import BLOB_MIN
@@ -14,8 +15,8 @@ class Blobs:
 
     def __init__(self, folder: str | os.PathLike[str], writer: int = 0) -> None:
         self.folder = Path(folder)
-        self.writer = f"{writer:016x}"
-        self._made = 0
+        self.number, self.writer = writer, f"{writer:016x}"
+        self._made = time.time_ns()  # another object of the same writer takes no name twice
 
     def write(self, data: bytes) -> str:
         """Write a file whole and return its name."""

@@ -264,6 +264,8 @@ _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
 split = msgspec.msgpack.Decoder(list[bytes]).decode
 """The events of a body."""
+views = msgspec.msgpack.Decoder(list[memoryview]).decode
+"""The same without copying them."""
 join = _encoder.encode
 """A body from a list of events."""
 

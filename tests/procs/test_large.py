@@ -119,3 +119,30 @@ def test_any_number_of_ids_can_be_purged() -> None:
         ids = [letter.id for letter in hub.dead_letters()]
         assert hub.purge(ids=[*range(200_000), *ids[:2]]) == 2
         assert hub.redrive(ids=[*range(200_000), ids[2]]) == 1
+
+
+def test_one_event_of_a_large_transaction_can_be_retried_buried_and_redriven(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    hub = EventHub(check=False)
+
+    def handle(event: tuple[int, bytes]) -> None:
+        n, data = event
+        if n == 4 and mphub.current_event().attempt == 1:
+            raise mphub.RetryLater(0.05)
+        if n == 3 and not (tmp_path / "mended").exists():
+            raise ValueError(n)
+        note(log, f"{n} {len(data)}")
+
+    hub.subscribe("k", handle, name="s", retry=mphub.Retry(max_attempts=2))
+    with hub:
+        with hub.transaction() as transaction:
+            for n in range(6):
+                transaction.publish("k", (n, b"x" * (100_000 if n % 2 else 50_000)))
+        hub.drain(20)
+        (letter,) = hub.dead_letters()
+        assert letter.payload == (3, b"x" * 100_000)
+        (tmp_path / "mended").touch()
+        assert hub.redrive() == 1
+        hub.drain(20)
+        assert list(Path(hub._address.folder, "blobs").iterdir()) == []
+    assert sorted(lines(log)) == [f"{n} {100_000 if n % 2 else 50_000}" for n in range(6)]
