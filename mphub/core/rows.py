@@ -7,6 +7,9 @@ import msgspec
 from mphub.events import Event, EventId
 from mphub.wire.frames import Batch, Extra
 
+ROW = 200
+"""Bytes of a row beside its events: header, key, its places in the books."""
+
 
 class Row:
     """A row that somebody's window holds; ``header`` is its publisher's, ready to be passed on."""
@@ -44,9 +47,10 @@ class Row:
             blob=blob,
         )
 
-    @property
-    def size_each(self) -> int:
-        return self.batch.size // self.count if self.count else 0
+
+def share(batch: Batch) -> int:
+    """Return the bytes that each event of a batch takes, about."""
+    return (batch.size + ROW) // batch.count
 
 
 def key_of(batch: Batch, index: int) -> str:

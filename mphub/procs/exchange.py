@@ -15,12 +15,13 @@ import msgspec
 
 from mphub.core.delivery import Portion, Range, Spans, Verdict, indexes, length, parts_within, spans_of
 from mphub.core.keys import nearest
-from mphub.core.rows import Row
+from mphub.core.rows import Row, share
 from mphub.core.table import RoutingTable
 from mphub.errors import JournalError
 from mphub.procs.letters import Cause, Letters
 from mphub.procs.mailbox import LASTING, Mailbox, single_portion
 from mphub.procs.recovery import recover
+from mphub.procs.room import Room
 from mphub.store.blobs import Blobs, References
 from mphub.store.board import Board
 from mphub.store.journal import Counters, Keeper, Progress, Single, Stored, SubscriberState
@@ -65,7 +66,7 @@ class Exchange:
         self.news: list[News] = []
         self.told = False
         """The failure in the report at hand is raised to its caller (inline)."""
-        self.letters = Letters(self)
+        self.letters, self.room = Letters(self), Room(self)
         self.next_row = 1
         self.left: dict[int, int] = {}
         self._rows: WeakValueDictionary[int, Row] = WeakValueDictionary()
@@ -83,13 +84,15 @@ class Exchange:
         """Commit all that happens inside in one transaction; remove ended blobs afterwards."""
         with self.journal.turn():
             yield
+            self.room.relieve()
             self._write_dirty()
+            self.room.compact()
         self.references.sweep()
 
     def _write_dirty(self) -> None:
         for box, portions in self._dirty.items():
             if box.runs_low():
-                self._refill(box)
+                self.refill(box)
             for row in box.advance(self.next_row):
                 self.journal.delete("progress", progress_key(box, row))
             self._write_progress(box, portions)
@@ -161,7 +164,7 @@ class Exchange:
         while box.delivery.waiting or box.tail is not None:
             for piece in box.delivery.drop_waiting():
                 dropped += self._drop(box, piece.portion, piece.spans, reason)
-            self._refill(box)
+            self.refill(box)
         return dropped
 
     def _drop(self, box: Mailbox, portion: Portion, spans: Spans, reason: str) -> int:
@@ -245,7 +248,7 @@ class Exchange:
         self._rows[number] = row
         self.left[number] = len(matched)
         self.references.hold_for(number, batch.blob)
-        size = batch.size // count
+        size = share(batch)
         for box, spans in matched.items():
             self._deliver_to(box, row, spans, size)
 
@@ -330,7 +333,7 @@ class Exchange:
         while excess and (box.delivery.waiting or box.tail is not None):
             for portion, spans in box.delivery.take_oldest(excess):
                 excess -= self._drop(box, portion, spans, "overflow")
-            self._refill(box)
+            self.refill(box)
 
     # -- what became of them
 
@@ -391,6 +394,7 @@ class Exchange:
         batch, body = self.cut_out(portion.row, index)
         number = self.make_single(box, batch, body, portion.row.epoch, attempt, due)
         heapq.heappush(box.delayed, (due, number))
+        box.bytes += share(batch) - portion.size
         portion.finish([(index, index + 1)])
         self._close_if_done(box, portion)
 
@@ -472,6 +476,9 @@ class Exchange:
     # -- time and windows
 
     def next_due(self) -> float | None:
+        """Return when there is something to do though nothing arrives: seconds since the epoch."""
+        if self.room.is_busy:
+            return 0.0
         return min((box.delayed[0][0] for box in self.boxes.values() if box.delayed), default=None)
 
     def wake(self, now: float) -> None:
@@ -490,7 +497,7 @@ class Exchange:
         if value is not None:
             put(single_portion(number, _single.decode(value)))
 
-    def _refill(self, box: Mailbox, least: int = 0) -> None:
+    def refill(self, box: Mailbox, least: int = 0) -> None:
         """Read on where the window ends, at any rate to row ``least``."""
         if box.tail is None:
             return
@@ -510,11 +517,17 @@ class Exchange:
         if row is None:
             row = Row(number, stored.epoch, stored.batch, encode(stored.batch), stored.body)
             self._rows[number] = row
-        portion = Portion(row, [(0, row.count)] if spans is None else list(spans), row.size_each)
+        portion = Portion(row, [(0, row.count)] if spans is None else list(spans), share(row.batch))
         if number in box.noted and (value := self.journal.get("progress", progress_key(box, number))) is not None:
             known = _progress.decode(value)
             portion.todo, portion.attempts = list(known.todo), dict(known.attempts)
         box.load(portion)
+
+    def replace_body(self, number: int, body: bytes) -> None:
+        """Follow a row whose finished events have been blanked."""
+        row = self._rows.get(number)
+        if row is not None:
+            row.body = body
 
     # -- after a restart
 
@@ -537,7 +550,7 @@ class Exchange:
         """Widen the window until it has all rows of some ranges."""
         last = max((row for _, _, row, _ in ranges), default=0)
         if box.tail is not None and box.tail <= last:
-            self._refill(box, last)
+            self.refill(box, last)
 
     def forget_publisher(self, publisher: int) -> None:
         """Remove what a dead publisher leaves: its sequence, replies nobody reads, files nobody names."""

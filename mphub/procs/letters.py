@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mphub.core.delivery import Portion
-from mphub.core.rows import Row
+from mphub.core.rows import Row, share
 from mphub.store.journal import Dead, on_disk
 from mphub.wire.frames import Batch, Reply, ReplyRow, decoder, encode
 
@@ -150,7 +150,7 @@ class Letters:
             box.counters.dead -= 1
             box.counters.pending[epoch] = box.counters.pending.get(epoch, 0) + 1
             box.unfinished += 1
-            box.bytes += dead.batch.size
+            box.bytes += share(dead.batch)
             self.exchange.load_single(box, number, box.delivery.add)
             self.exchange.touch(box)
             self._remove(key, dead)

@@ -11,7 +11,7 @@ import msgspec
 
 from mphub.core.credit import Credit
 from mphub.core.delivery import Delivery, Portion
-from mphub.core.rows import Row
+from mphub.core.rows import Row, share
 from mphub.store.board import SLOTS
 from mphub.store.journal import Counters, Single, SubscriberState
 from mphub.wire.frames import encode
@@ -101,6 +101,10 @@ class Mailbox:
         rule = self.spec.inbox.overflow
         return "dead_letter" if rule == "block" and self.stuck else rule
 
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self.delivery.waiting) or self.tail is not None
+
     def room(self) -> int:
         """Return how many events still fit."""
         return 0 if self.bytes >= self.max_bytes else max(0, self.spec.inbox.maxsize - self.unfinished)
@@ -163,4 +167,4 @@ def credit_for(spec: Spec) -> Credit:
 
 def single_portion(number: int, single: Single) -> Portion:
     row = Row(number, single.epoch, single.batch, encode(single.batch), single.body, single=True)
-    return Portion(row, [(0, 1)], single.batch.size, {0: single.attempt} if single.attempt > 1 else {})
+    return Portion(row, [(0, 1)], share(single.batch), {0: single.attempt} if single.attempt > 1 else {})

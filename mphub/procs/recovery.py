@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mphub.core.delivery import length
+from mphub.core.rows import share
 from mphub.procs.mailbox import Mailbox, single_portion
 from mphub.store.journal import Counters, Progress, Single, Stored, SubscriberState
 from mphub.wire.frames import decoder
@@ -82,7 +83,7 @@ def load_everywhere(exchange: Exchange, number: int, stored: Stored, progress: d
 
 def load_into(exchange: Exchange, box: Mailbox, number: int, stored: Stored, progress: dict[int, Progress]) -> None:
     spans = progress[number].todo if number in progress else stored.matched[box.number]
-    box.bytes += (length(list(spans)) if spans is not None else stored.batch.count) * (stored.batch.size // stored.batch.count)
+    box.bytes += (length(list(spans)) if spans is not None else stored.batch.count) * share(stored.batch)
     if box.tail is None and box.wants_more():
         exchange.load_row(box, number, stored)
     elif box.tail is None:
@@ -93,7 +94,7 @@ def load_singles(exchange: Exchange, box: Mailbox) -> None:
     prefix, end = box.number.to_bytes(4, "big"), (box.number + 1).to_bytes(4, "big")
     for key, value in exchange.journal.scan("singles", prefix, end):
         number, single = int.from_bytes(key[4:], "big"), _single.decode(value)
-        box.bytes += single.batch.size
+        box.bytes += share(single.batch)
         exchange.references.hold_for(number, single.batch.blob)
         if single.due:
             heapq.heappush(box.delayed, (single.due, number))

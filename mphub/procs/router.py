@@ -456,16 +456,14 @@ class Router:
             self._tell_news()
 
     def _tell_news(self) -> None:
-        """Push what happened: of failures and dead letters the first of each subscriber, then one a second."""
+        """Push what happened: of a kind the first of each subscriber, then one a second."""
         now = time.monotonic()
         for news in self.exchange.news:
-            details = news.details
-            if news.kind in ("failure", "dead_letter"):
-                passes, first, more = self.limiter.allows((news.kind, news.subscriber), now)
-                if not passes:
-                    continue
-                details = {**details, "first": first, "more": more}
-            self._push("news", kind=news.kind, subscriber=news.subscriber, message=news.message, details=details)
+            about = (news.kind, news.subscriber, news.details.get("key") if news.kind == "unmatched" else None)
+            passes, first, more = self.limiter.allows(about, now)
+            if passes:
+                details = {**news.details, "first": first, "more": more}
+                self._push("news", kind=news.kind, subscriber=news.subscriber, message=news.message, details=details)
         self.exchange.news.clear()
 
     def _push(self, what: str, **args: object) -> None:

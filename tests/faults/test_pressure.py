@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
 import mphub
-from mphub import EventHub, Inbox
+from mphub import EventHub, Inbox, Restart
 from tests.helpers import eventually
 
 pytestmark = pytest.mark.faults
+
+
+def kill_router(hub: EventHub) -> None:
+    os.kill(hub.statistics().pids["router"], signal.SIGKILL)
 
 
 def size_of(folder: Path) -> int:
@@ -71,3 +77,74 @@ def test_memory_and_files_stay_level_while_a_slow_one_is_fed(tmp_path: Path) -> 
             assert size_of(folder / "blobs") < 8_000_000
         hub.drain(60)
         assert eventually(lambda: not list((folder / "blobs").iterdir()), 5), "the last reference is gone"
+
+
+def fail(payload: object) -> None:
+    os._exit(1)
+
+
+def test_a_fatal_one_with_few_events_among_many_holds_nobody() -> None:
+    hub = EventHub(max_bytes="4MB", check=False)
+    bad = hub.subscribe("bad", fail, name="bad", restart=Restart(max_restarts=0))
+    good = hub.subscribe("good", lambda data: None, name="good")
+    with hub:
+        hub.publish("bad", b"")
+        assert eventually(lambda: bad.state == "FATAL", 20)
+        for number in range(100_000):
+            hub.publish("good", bytes(100))
+            if number % 450 == 0:
+                hub.publish("bad", number)
+        hub.flush(60)
+        assert eventually(lambda: good.statistics().handled == 100_000, 30)
+        found = bad.statistics()
+        assert found.accepted == found.waiting + found.dead == 100_000 // 450 + 2
+        assert found.dead <= 1, "what it lags behind by is far less than the journal holds"
+        hub.stop(drain=False)
+
+
+def test_a_fatal_one_that_fills_the_journal_alone_gets_its_oldest_as_dead_letters() -> None:
+    hub = EventHub(max_bytes="2MB", check=False)
+    bad = hub.subscribe("bad", fail, name="bad", restart=Restart(max_restarts=0), inbox=Inbox(maxsize=10**6))
+    good = hub.subscribe("good", lambda data: None, name="good")
+    with hub:
+        for number in range(30_000):
+            hub.publish("bad", number)
+            if number % 100 == 0:
+                hub.publish("good", number)
+                hub.flush(30)
+        hub.publish("bad", bytes(3_000))
+        hub.flush(30)
+        assert eventually(lambda: good.statistics().handled == 300, 30)
+        found = bad.statistics()
+        assert bad.state == "FATAL"
+        assert found.accepted == found.waiting + found.dead + sum(found.dropped.values()) == 30_001
+        hub.stop(drain=False)
+
+
+def test_what_a_stuck_one_lags_behind_by_keeps_order_and_payload_when_the_rest_is_blanked(tmp_path: Path) -> None:
+    hub = EventHub(max_bytes="2MB")
+    seen, go = tmp_path / "seen", tmp_path / "go"
+
+    def keep(payload: tuple[int, bytes]) -> None:
+        eventually(go.exists, 120)
+        with seen.open("a") as file:
+            print(payload[0], len(payload[1]), payload[1][-1], file=file)
+
+    hub.subscribe("slow", keep, name="slow")
+    fast = hub.subscribe("fast", lambda data: None, name="fast")
+    with hub:
+        expected = []
+        for number in range(60_000):
+            hub.publish("fast", bytes(100))
+            if number % 600 == 0:
+                data = bytes([number % 251]) * (number % 1_000 + 1)
+                hub.publish("slow", (number, data))
+                expected.append(f"{number} {len(data)} {data[-1]}")
+            if number in (30_000, 59_000):
+                kill_router(hub)
+        hub.flush(60)
+        assert eventually(lambda: fast.statistics().handled == 60_000, 30), "it is never held by the one that lags"
+        kill_router(hub)
+        go.touch()
+        hub.drain(30)
+    assert seen.read_text().splitlines() == expected
