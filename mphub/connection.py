@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from mphub.core.keys import check_key, matches
+from mphub.core.keys import check_key, check_name, matches
 from mphub.errors import DrainTimeout, HubClosed, MphubError, NoSubscriber, PayloadError
 from mphub.events import EventId, Topic, str_of
 from mphub.reply import Reply, failure_of
@@ -161,7 +161,12 @@ class Connection:
         return EventId(self._base + number)
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
-        """Send one event whose handler's result comes back."""
+        """Send one event whose handler's result comes back.
+
+        Raises InvalidOption, PayloadError, HubClosed.
+        """
+        if target is not None:
+            check_name(target, "to")
         data = codec.encode(payload)
         reply: Reply[object] = Reply()
         with self._lock:

@@ -43,6 +43,8 @@ from mphub.reply import Reply, Results
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing
 from mphub.subscribing import Handler, SubscribeOptions, check_types, make_spec, refuse_unavailable
 from mphub.subscription import Subscription
+from mphub.wire.codec import shortened
+from mphub.wire.frames import is_text
 
 if TYPE_CHECKING:  # a lambda says nothing of its payload: then it is Any, also to what checks its body (bound)
     from typing_extensions import TypeVar as DefaultTypeVar
@@ -110,6 +112,8 @@ class EventHub:
             raise InvalidOption(
                 "EventHub(propagate): got True with engine='process'; only the inline engine can raise a handler's exception from publish"
             )
+        if name is not None and not is_text(name):
+            raise InvalidOption(f"EventHub(name): got {name!r:.80}; expected a str that utf-8 can encode")
         parent, self._is_small = boot.runtime_parent()
         self.name = name if name is not None else default_name()
         self._kind, self._check, self._stop, self._unmatched = engine, check, stop, unmatched
@@ -665,5 +669,5 @@ os.register_at_fork(after_in_child=_leave_the_short_way)
 
 def default_name() -> str:
     """Name a hub after its script and process."""
-    script = os.path.basename(sys.argv[0] if sys.argv else "")
+    script = shortened(os.path.basename(sys.argv[0] if sys.argv else ""))
     return f"{script if script not in ('', '-', '-c') else 'python'}-{getpid()}"

@@ -91,8 +91,8 @@ def snapshot_rule(cls: type[Subscriber[Any, Any]] | None, rule: Snapshot | None)
 
 def surroundings() -> Surroundings:
     """Note what this process looks like now: every incarnation begins with it."""
-    path = [os.getcwd() if entry == "" else entry for entry in sys.path]
-    return Surroundings(os.getcwd(), path, dict(os.environ))
+    path = [os.getcwdb() if entry == "" else os.fsencode(entry) for entry in sys.path]
+    return Surroundings(os.getcwdb(), path, dict(os.environb))
 
 
 def check_types(**options: tuple[object, type]) -> None:

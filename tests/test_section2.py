@@ -135,7 +135,8 @@ def test_a_hub_is_named_after_its_script() -> None:
     "options",
     [
         {"engine": "threads"}, {"engine": None}, {"unmatched": "raise"}, {"max_bytes": "much"}, {"max_bytes": "0%"}, {"max_bytes": 0},
-        {"max_bytes": -5}, {"max_bytes": "101%"}, {"max_bytes": None}, {"propagate": True},
+        {"max_bytes": -5}, {"max_bytes": "101%"}, {"max_bytes": None}, {"propagate": True}, {"name": "\udcff"},
+        {"name": 5},
     ],
     ids=str,
 )  # fmt: skip

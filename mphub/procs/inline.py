@@ -13,6 +13,7 @@ from typing import Any
 
 from mphub.connection import settle_reply
 from mphub.core.delivery import Held
+from mphub.core.keys import check_name
 from mphub.core.rows import Row, event_of
 from mphub.errors import HubError, NoSubscriber, PayloadError, Reject, RetryLater
 from mphub.events import Event, EventId
@@ -305,6 +306,8 @@ class Inline:
         return EventId.make(self.outputs.incarnation, self.outputs.publish(key, data, extra))
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
+        if target is not None:
+            check_name(target, "to")
         reply: Reply[object] = Reply()
         self.send(key, codec.encode(payload), target=target, reply=reply)
         if self._busy:

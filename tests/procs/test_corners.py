@@ -95,13 +95,18 @@ def test_teardown_publishes(tmp_path: Path) -> None:
         "hub.publish('k', 1, ordering_key=5)",
         "hub.publisher().publish('k', 1, ordering_key=5)",
         "hub.transaction().publish('k', 1, ordering_key=5)",
+        "hub.publish('k', 1, ordering_key='\\udcff')",
+        "hub.publish('k', 1, headers={'a': '\\udcff'})",
+        "hub.publisher().publish('k\\udcff', 1)",
+        "hub.publisher().request('k', 1, to='\\udcff')",
+        "hub.publisher().request('k', 1, to=5)",
     ],
 )
-def test_an_ordering_key_of_a_wrong_type_is_refused(call: str) -> None:
+def test_what_cannot_be_sent_is_refused_and_harms_nothing(call: str) -> None:
     done = script(f"""
         import mphub
         hub = mphub.EventHub(check=False, stop=mphub.Stop(ask=.2, term=.2))
-        hub.subscribe("k", print, name="k")
+        hub.subscribe("k", repr, name="k")
         hub.start()
         try:
             {call}
@@ -109,6 +114,7 @@ def test_an_ordering_key_of_a_wrong_type_is_refused(call: str) -> None:
             print("accepted")
         except (mphub.UsageError) as e:
             print("refused")
+        hub.publish("k", 1, confirm=True)
         hub.stop(drain=False)
     """)
     assert done.stdout == "refused\n", done.stdout + done.stderr[:1000]

@@ -716,6 +716,18 @@ def test_a_handler_begins_with_the_surroundings_of_its_subscription(tmp_path: Pa
         assert ask.request(0).result(10) == (then, "then", then, "", True)
 
 
+def test_surroundings_need_not_be_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(there)
+    monkeypatch.chdir(os.fsdecode(there))
+    monkeypatch.setenv("MPHUB_TEST_THEN", os.fsdecode(there))
+    monkeypatch.syspath_prepend(os.fsdecode(there))
+    hub = EventHub()
+    ask = hub.subscribe("k", lambda _: (os.getcwdb(), os.environb[b"MPHUB_TEST_THEN"], os.fsencode(sys.path[0])))
+    with hub:
+        assert ask.request(0).result(10) == (there, there, there)
+
+
 def test_handlers_cannot_run_the_hub_they_are_in() -> None:
     hub = EventHub(name="mine")
 
