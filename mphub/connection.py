@@ -529,6 +529,9 @@ def _last_flush(reference: weakref.ref[Connection]) -> None:
 
 
 def _reset_all() -> None:
+    """Begin anew in a forked child, whatever the parent's threads held."""
+    global _shared_lock
+    _shared_lock = threading.Lock()
     for connection in list(_connections):
         line = connection._line
         if line is not None:  # only this process's copy of the descriptor: a shutdown would end the parent's stream

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import mphub
-from mphub import EventHub, Restart, Stop, Subscriber
+from mphub import EventHub, Restart, Stop, Subscriber, connection
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
@@ -233,6 +233,21 @@ def test_run_in_a_forked_child_is_refused() -> None:
         p.kill()
         p.join()
     assert code == 5
+
+
+def test_a_fork_while_another_thread_connects_leaves_no_lock_held() -> None:
+    def child() -> None:
+        with pytest.raises(mphub.HubClosed):
+            EventHub().publisher().publish("k", 1)
+
+    p = multiprocessing.get_context("fork").Process(target=child)
+    with connection._shared_lock:
+        p.start()
+    p.join(5)
+    code = p.exitcode
+    p.kill()
+    p.join()
+    assert code == 0
 
 
 def test_a_handle_of_another_hub_in_a_handler_publishes_there(tmp_path: Path) -> None:
