@@ -112,6 +112,8 @@ class Connection:
         self._mode: Mode = PLAIN
         self._unconfirmed: deque[tuple[int, bytes]] = deque()
         self._refused: dict[int, MphubError] = {}
+        self._awaited: set[int] = set()
+        """Frames whose refusals are for those who wait for just them."""
         self._held: list[str] = []
         self._replies: dict[int, Reply[object]] = {}
         self._ended: MphubError | None = None
@@ -135,9 +137,8 @@ class Connection:
         data, extra = codec.encode(payload), extra_of(ordering_key, headers)
         with self._lock:
             number = self._add(key, data, extra, (None, False, epoch) if epoch else PLAIN, strict=confirm)
-            sequence = self._sequence
-        if confirm:
-            self._wait_confirmed(sequence, None)
+            if confirm:
+                self._wait_own(self._sequence)
         return EventId(self._base + number)
 
     def publish_plain(self, key: str | Topic[Any], payload: object) -> EventId:
@@ -190,8 +191,7 @@ class Connection:
             self._send()
             for key, data, extra in events:
                 self._append(key, data, extra)
-            sequence = self._send()
-        self._wait_confirmed(sequence, None)
+            self._wait_own(self._send())
         return len(events)
 
     def _add(
@@ -329,19 +329,29 @@ class Connection:
             if self._thread is None:
                 return
             sequence = self._send()
-        self._wait_confirmed(sequence, timeout)
+            self._wait_confirmed(sequence, timeout)
+            refused = [self._refused.pop(s) for s in list(self._refused) if s <= sequence and s not in self._awaited]
+        if refused:
+            raise refused[0]
+
+    def _wait_own(self, sequence: int) -> None:
+        """Wait for one frame, with the lock held; what it is refused for is told to this thread and no other."""
+        self._awaited.add(sequence)
+        try:
+            self._wait_confirmed(sequence, None)
+        finally:
+            self._awaited.remove(sequence)
+        if sequence in self._refused:
+            raise self._refused.pop(sequence)
 
     def _wait_confirmed(self, sequence: int, timeout: float | None) -> None:
-        with self._lock:
-            done = self._changed.wait_for(lambda: self._is_confirmed(sequence) or self._ended is not None, timeout)
-            refused = [self._refused.pop(s) for s in list(self._refused) if s <= sequence]
-            if refused:
-                raise refused[0]
-            if not done:
-                waiting = len(self._unconfirmed)
-                raise DrainTimeout(f"{waiting} frames were not confirmed within {timeout} s", pending={"unconfirmed": waiting})
-            if not self._is_confirmed(sequence) and self._ended is not None:
-                raise self._ended
+        """Wait, with the lock held, until a frame and all before it are confirmed."""
+        done = self._changed.wait_for(lambda: self._is_confirmed(sequence) or self._ended is not None, timeout)
+        if not done:
+            waiting = len(self._unconfirmed)
+            raise DrainTimeout(f"{waiting} frames were not confirmed within {timeout} s", pending={"unconfirmed": waiting})
+        if not self._is_confirmed(sequence) and self._ended is not None:
+            raise self._ended
 
     def wait_room(self, key: str, timeout: float) -> bool:
         """Wait until a key is not held; say whether it is so."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,23 @@ def test_confirm_raises_no_subscriber() -> None:
         with pytest.raises(mphub.NoSubscriber):
             hub.publish("nobody", 1, confirm=True)
         assert hub.statistics().unmatched == 0
+
+
+def test_a_refusal_is_told_to_the_thread_whose_event_it_is() -> None:
+    hub = EventHub(unmatched="ignore")
+    hub.subscribe("k", lambda n: n, name="k")
+
+    def refused(key: str) -> int:
+        count = 0
+        for n in range(200):
+            try:
+                hub.publish(key, n, confirm=True)
+            except mphub.NoSubscriber:
+                count += 1
+        return count
+
+    with hub, ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(refused, ["k", "nobody", "k", "nobody"])) == [0, 200, 0, 200]
 
 
 def test_setup_publishes_at_once(tmp_path: Path) -> None:
