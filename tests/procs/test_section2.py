@@ -472,6 +472,29 @@ def test_a_handlers_own_children_publish_like_anybody(tmp_path: Path) -> None:
     assert lines(log) == ["7"]
 
 
+def end_a_child(_: object) -> int | None:
+    reader, writer = multiprocessing.Pipe()
+
+    def child() -> None:
+        writer.send("up")
+        time.sleep(30)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    reader.recv()
+    process.terminate()
+    process.join(5)
+    return process.exitcode
+
+
+def test_a_handlers_own_children_end_by_sigterm_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    hub = EventHub()
+    ask = hub.subscribe("k", end_a_child)
+    with hub:
+        assert ask.request(0).result(10) == -signal.SIGTERM
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_threads_of_a_handler_publish_at_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     hub = EventHub(check=False)
