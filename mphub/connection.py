@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from contextlib import AbstractContextManager
 from multiprocessing import util as mp_util
 from pickle import dumps
 from typing import Any
@@ -18,7 +19,7 @@ import msgspec
 import psutil
 
 from mphub.core.keys import check_key, check_name, matches
-from mphub.errors import DrainTimeout, HubClosed, MphubError, NoSubscriber, PayloadError
+from mphub.errors import DrainTimeout, HubClosed, HubError, MphubError, NoSubscriber, PayloadError
 from mphub.events import EventId, Topic, str_of
 from mphub.reply import Reply, failure_of
 from mphub.store.blobs import Blobs
@@ -98,7 +99,8 @@ class Connection:
         self.id = int.from_bytes(os.urandom(8), "big")
         self._base = self.id << 40
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_mine = self._lock._is_owned  # type: ignore[attr-defined]  # as Condition uses it
         self._changed = threading.Condition(self._lock)
         self._line: Line | None = None
         self._thread: threading.Thread | None = None
@@ -108,6 +110,8 @@ class Connection:
         self._events: list[bytes] = []
         self._key: str | None = None
         """That of the batch's last run."""
+        self._size = 0
+        """The batch's bytes."""
         self._clear_batch()
         self._mode: Mode = PLAIN
         self._unconfirmed: deque[tuple[int, bytes]] = deque()
@@ -135,7 +139,7 @@ class Connection:
         Raises PayloadError, HubClosed, and with ``confirm`` what the router refused it for.
         """
         data, extra = codec.encode(payload), extra_of(ordering_key, headers)
-        with self._lock:
+        with self._enter():
             number = self._add(key, data, extra, (None, False, epoch) if epoch else PLAIN, strict=confirm)
             if confirm:
                 self._wait_own(self._sequence)
@@ -148,18 +152,22 @@ class Connection:
         """
         data = dumps(payload, 5) if type(payload) in SCALARS else codec.encode(payload)
         size = len(data)
+        if self._is_mine():
+            self._enter()
         with self._lock:
             events = self._events
             if not events or self._mode is not PLAIN or self._held or self._ended is not None or size >= BLOB_MIN:
                 return EventId(self._base + self._add(check_key(str_of(key)), data, None, PLAIN))
             if key != self._key:  # else it has been checked
                 self._begin_run(check_key(str_of(key)))
-            number = self._first + len(events)
-            self._size += size
+            place = len(events)
+            number = self._first_id + place
+            size += self._size
+            self._size = size
             events.append(data)
-            if self._size >= BATCH_BYTES or len(events) >= MAX_EVENTS:
+            if size >= BATCH_BYTES or place >= MAX_EVENTS - 1:
                 self._send_batch()
-        return EventId(self._base + number)
+        return EventId(number)
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
         """Send one event whose handler's result comes back.
@@ -170,7 +178,7 @@ class Connection:
             check_name(target, "to")
         data = codec.encode(payload)
         reply: Reply[object] = Reply()
-        with self._lock:
+        with self._enter():
             number = self._add(key, data, None, (target, True, 0), reply)
         reply.id = EventId(self._base + number)
         return reply
@@ -186,13 +194,25 @@ class Connection:
                 f"a transaction of {len(events)} events with {keys} bytes of keys and headers; "
                 f"at most {MAX_TOGETHER} and {MAX_KEYS_TOGETHER} go together: split it"
             )
-        with self._lock:
+        with self._enter():
             self._ready(PLAIN)
             self._send()
             for key, data, extra in events:
                 self._append(key, data, extra)
             self._wait_own(self._send())
         return len(events)
+
+    def _enter(self) -> AbstractContextManager[bool]:
+        """Return the lock.
+
+        Raises HubError: this very thread has it, and would wait for itself.
+        """
+        if self._is_mine():
+            raise HubError(
+                "this call, of a signal handler or finalizer, interrupts a publish of the same thread, which must end first: "
+                "set a flag there, or let another thread publish"
+            )
+        return self._lock
 
     def _add(
         self, key: str, data: bytes, extra: Extra | None, mode: Mode, reply: Reply[object] | None = None, *, strict: bool = False
@@ -294,6 +314,7 @@ class Connection:
 
     def _clear_batch(self) -> None:
         self._first += len(self._events)
+        self._first_id = self._base + self._first
         self._events = []
         self._runs: list[tuple[str, int]] = []
         self._key = None
@@ -325,7 +346,7 @@ class Connection:
 
         Raises DrainTimeout, HubClosed, or what a frame was refused for.
         """
-        with self._lock:
+        with self._enter():
             if self._thread is None:
                 return
             sequence = self._send()
@@ -355,7 +376,7 @@ class Connection:
 
     def wait_room(self, key: str, timeout: float) -> bool:
         """Wait until a key is not held; say whether it is so."""
-        with self._lock:
+        with self._enter():
             return self._changed.wait_for(lambda: self._ended is not None or not self._is_held(key), timeout)
 
     def _is_held(self, key: str) -> bool:
@@ -541,7 +562,7 @@ def _last_flush(reference: weakref.ref[Connection]) -> None:
 def _reset_all() -> None:
     """Begin anew in a forked child, whatever the parent's threads held."""
     global _shared_lock
-    _shared_lock = threading.Lock()
+    _shared_lock = threading.RLock()
     for connection in list(_connections):
         line = connection._line
         if line is not None:  # only this process's copy of the descriptor: a shutdown would end the parent's stream
@@ -553,7 +574,8 @@ def _reset_all() -> None:
 os.register_at_fork(after_in_child=_reset_all)
 
 _shared: dict[str, Connection] = {}
-_shared_lock = threading.Lock()
+_shared_lock = threading.RLock()
+"""One that a signal handler can have once more."""
 
 
 def connection_to(address: Address) -> Connection:

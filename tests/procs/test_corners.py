@@ -76,6 +76,34 @@ def test_a_refusal_is_told_to_the_thread_whose_event_it_is() -> None:
         assert list(threads.map(refused, ["k", "nobody", "k", "nobody"])) == [0, 200, 0, 200]
 
 
+def test_a_signal_handler_publishes_or_raises() -> None:
+    done = script("""
+        import contextlib, signal, mphub
+        def tick(*_):
+            with contextlib.suppress(mphub.HubError): hub.publish("k", "tick")
+        hub = mphub.EventHub()
+        hub.subscribe("k", repr, name="k")
+        with hub:
+            signal.signal(signal.SIGALRM, tick)
+            signal.setitimer(signal.ITIMER_REAL, .0005, .0005)
+            for n in range(100_000): hub.publish("k", n)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        print("done")
+    """)
+    assert done.stdout == "done\n", done.stderr[-800:]
+
+
+def test_what_interrupts_a_publish_cannot_publish_but_stop() -> None:
+    hub = EventHub()
+    hub.subscribe("k", lambda n: n, name="k")
+    hub.start()
+    with connection.connection_to(hub._address)._lock:
+        for call in (hub.publish, hub.request, hub.publisher().publish):
+            with pytest.raises(mphub.HubError, match="interrupts a publish"):
+                call("k", 1)
+        hub.stop(drain=False)
+
+
 def test_setup_publishes_at_once(tmp_path: Path) -> None:
     class Early(Subscriber[int, None]):
         def setup(self) -> None:
