@@ -210,6 +210,21 @@ class NoHandle(Subscriber[int, int]):
     """Lacks its method."""
 
 
+class Yields(Subscriber[int, Any]):
+    """Its method runs nothing when it is called."""
+
+    def handle(self, payload: int) -> Any:
+        yield payload
+
+
+def yields(payload: object) -> Any:
+    yield payload
+
+
+async def yields_later(payload: object) -> Any:
+    yield payload
+
+
 @pytest.mark.parametrize(
     ("handler", "words"),
     [
@@ -223,6 +238,13 @@ class NoHandle(Subscriber[int, int]):
         ("os.getcwd", "module:attribute"),
         ("os:", "module:attribute"),
         (":getcwd", "module:attribute"),
+        (yields, "'yields' is a generator function"),
+        (yields_later, "'yields_later' is a generator function"),
+        (functools.partial(yields), "generator function"),
+        (Yields, "'Yields.handle' is a generator function"),
+        (functools.partial(Yields), "generator function"),
+        (Yields().handle, "generator function"),
+        (Yields(), "generator function"),
     ],
     ids=str,
 )

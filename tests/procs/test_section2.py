@@ -224,6 +224,18 @@ def test_a_path_that_leads_nowhere_fails_the_start(path: str) -> None:
     assert "stopped" in repr(hub)
 
 
+def yields(n: int) -> Any:
+    yield n
+
+
+def test_a_path_that_leads_to_a_generator_function_fails_the_start() -> None:
+    hub = EventHub()
+    hub.subscribe("k", "tests.procs.test_section2:yields", restart=Restart(max_restarts=0))
+    with pytest.raises(mphub.StartFailed) as caught:
+        hub.start()
+    assert isinstance(caught.value.__cause__, mphub.InvalidOption)
+
+
 def test_a_start_in_time_or_not_at_all() -> None:
     class Slow(Subscriber[int, None]):
         def setup(self) -> None:
