@@ -221,10 +221,7 @@ class Connection:
 
         ``strict``: at once, in a frame of its own, which is refused if nobody subscribes.
         """
-        if len(data) > self.address.largest:
-            raise PayloadError(
-                f"a payload of {len(data)} bytes exceeds what this hub admits ({self.address.largest} bytes): raise max_bytes"
-            )
+        codec.check_size(data, self.address.largest)
         if self._thread is None or self._mode != mode or self._ended is not None:
             self._ready(mode)
         while self._held and self._is_held(key):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import TimeoutError as WaitTimeout
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +42,7 @@ class Engine(Protocol):
 
     publish_plain: Callable[[str | Topic[Any], object], EventId] | None
 
-    def subscribe(self, spec: Spec) -> None: ...
+    def subscribe(self, specs: Sequence[Spec]) -> None: ...
     def unsubscribe(self, name: str, *, drain: bool) -> None: ...
     def restart(self, name: str) -> None: ...
     def state_of(self, name: str) -> tuple[str, bytes, str]: ...
@@ -72,11 +72,18 @@ class ProcessEngine:
         self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = self.connection.publish_plain
         self.blobs = Blobs(f"{address.folder}/blobs", int.from_bytes(address.token[:8], "big"))
 
-    def subscribe(self, spec: Spec) -> None:
-        self.connection.flush()  # what was published before is not for it
-        self.client.states.pop(spec.name, None)  # of one that had this name before
+    def subscribe(self, specs: Sequence[Spec]) -> None:
+        self.connection.flush()  # what was published before is not for them
+        for spec in specs:
+            self.client.states.pop(spec.name, None)  # of one that had this name before
+        packed = [self._packed(spec) for spec in specs]
+        # all before the first answer, on which a process starts: what its setup publishes is for the others too
+        for answer in [self.client.ask("subscribe", spec=spec) for spec in packed]:
+            answer.result()
+
+    def _packed(self, spec: Spec) -> bytes:
         data, blob = self.blobs.spill(spec.handler)
-        self.client.call("subscribe", spec=msgspec.msgpack.encode(msgspec.structs.replace(spec, handler=data, handler_blob=blob)))
+        return msgspec.msgpack.encode(msgspec.structs.replace(spec, handler=data, handler_blob=blob))
 
     def unsubscribe(self, name: str, *, drain: bool) -> None:
         self.connection.flush()
@@ -185,8 +192,8 @@ class InlineEngine:
         self.console = console
         self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = None
 
-    def subscribe(self, spec: Spec) -> None:
-        self.inline.subscribe(spec)
+    def subscribe(self, specs: Sequence[Spec]) -> None:
+        self.inline.subscribe(specs)
 
     def unsubscribe(self, name: str, *, drain: bool) -> None:
         self.inline.unsubscribe(name)

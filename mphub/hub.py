@@ -164,8 +164,7 @@ class EventHub:
             self._engine = self._make_engine()
             self._here = self._engine.publish_plain
             atexit.register(self._stop_at_exit)
-            for subscription in list(self._subscriptions.values()):
-                self._engine.subscribe(subscription._spec)
+            self._engine.subscribe([subscription._spec for subscription in self._subscriptions.values()])
         if wait:
             self._wait_all(timeout)
 
@@ -361,7 +360,7 @@ class EventHub:
             self._subscriptions[spec.name] = subscription
             if self._engine is not None:
                 try:
-                    self._engine.subscribe(spec)
+                    self._engine.subscribe([spec])
                 except BaseException:
                     del self._subscriptions[spec.name]
                     raise

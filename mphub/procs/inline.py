@@ -7,6 +7,7 @@ import itertools
 import os
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from mphub.connection import settle_reply
 from mphub.core.delivery import Held
 from mphub.core.keys import check_name
 from mphub.core.rows import Row, event_of
-from mphub.errors import HubError, NoSubscriber, PayloadError, Reject, RetryLater
+from mphub.errors import HubError, NoSubscriber, Reject, RetryLater
 from mphub.events import Event, EventId
 from mphub.procs import handlers
 from mphub.procs.exchange import Exchange
@@ -64,7 +65,7 @@ class Inline:
         self.errors: dict[str, tuple[bytes, str]] = {}
         """(exception, traceback) of what could not be set up."""
         self._incarnations = itertools.count(1)
-        self.outputs = Outputs(int.from_bytes(os.urandom(8), "big"), self.exchange.blobs, large=1 << 62)
+        self.outputs = self._no_outputs()
         self.name, self.thread = "", 0
         self._lock = threading.RLock()
         self._sequence = self._number = 0
@@ -73,13 +74,18 @@ class Inline:
         self._raise: BaseException | None = None
         self._busy = False
 
+    def _no_outputs(self) -> Outputs:
+        return Outputs(int.from_bytes(os.urandom(8), "big"), self.exchange.blobs, self.exchange.admitted, large=1 << 62)
+
     # -- life
 
-    def subscribe(self, spec: Spec) -> None:
-        """Load the handler from its pickle, as every engine does, and set it up."""
+    def subscribe(self, specs: Sequence[Spec]) -> None:
+        """Load each handler from its pickle, as every engine does, and set it up once all are routed to."""
         with self.exchange.turn():
-            self.exchange.subscribe(spec)
-        self._begin(spec)
+            for spec in specs:
+                self.exchange.subscribe(spec)
+        for spec in specs:
+            self._begin(spec)
         self.work_off()
 
     def restart(self, name: str) -> None:
@@ -164,10 +170,7 @@ class Inline:
         reply: Reply[object] | None = None, strict: bool = False,
     ) -> EventId:  # fmt: skip
         """Take in one event and, if this is the outermost call, handle it and all that follows."""
-        if len(data) > self.exchange.admitted:
-            raise PayloadError(
-                f"a payload of {len(data)} bytes exceeds what this hub admits ({self.exchange.admitted} bytes): raise max_bytes"
-            )
+        codec.check_size(data, self.exchange.admitted)
         with self._lock:
             self._number += 1
             self._sequence += 1
@@ -317,7 +320,7 @@ class Inline:
     def _work_for(self, reply: Reply[object]) -> None:
         """Handle what waits until a handler's own request is answered: it is going to wait for that."""
         before = self.name, self.thread, self._current, self.outputs
-        self.outputs = Outputs(int.from_bytes(os.urandom(8), "big"), self.exchange.blobs, large=1 << 62)
+        self.outputs = self._no_outputs()
         try:
             while not reply.done() and self._step():
                 self._answer()

@@ -61,7 +61,7 @@ class Worker:
         self.thread = threading.get_ident()
         self.board = Board(board)
         self.blobs = Blobs(f"{address.folder}/blobs", incarnation)
-        self.outputs = Outputs(incarnation, self.blobs)
+        self.outputs = Outputs(incarnation, self.blobs, address.largest)
         self.line: Line | None = None
         self.unconfirmed: deque[tuple[int, int, bytes]] = deque()
         """(frame, upto, bytes)."""

@@ -554,3 +554,45 @@ def test_inline_drain_has_a_timeout() -> None:
     with hub:
         hub.publish("k", 1)
     assert time.monotonic() - began >= 3  # by contract: delays are slept
+
+
+@ENGINES
+def test_setup_publishes_to_those_subscribed_later(engine: str) -> None:
+    class Early(Subscriber[int, None]):
+        def setup(self) -> None:
+            mphub.publish("out", 1)
+
+        def handle(self, payload: int) -> None: ...
+
+    hub = EventHub(engine=engine)
+    hub.subscribe("k", Early)
+    for i in range(8):
+        hub.subscribe(f"other.{i}", lambda n: n, name=f"o{i}")
+    last = hub.subscribe("out", lambda n: n, name="out")
+    with hub:
+        assert eventually(lambda: hub.statistics().accepted == 1, 5)
+        assert hub.statistics().unmatched == 0
+        hub.drain()
+        assert last.statistics().handled == 1
+
+
+@ENGINES
+@pytest.mark.parametrize("way", ["publish", "to"])
+def test_an_output_too_large_fails_its_event(engine: str, way: str) -> None:
+    def grow(n: int) -> bytes | None:
+        data = bytes(n)
+        if way == "to":
+            return data
+        mphub.publish("z", data)
+        return None
+
+    hub = EventHub(engine=engine, max_bytes="4MB", check=False, propagate=False)
+    hub.subscribe("k", grow, to="z" if way == "to" else None)
+    hub.subscribe("z", len)
+    hub.start()
+    try:
+        hub.publish("k", 10 << 20)
+        hub.drain(5)
+        assert [type(x.error) for x in hub.dead_letters()] == [mphub.PayloadError]
+    finally:
+        hub.stop(drain=False)
