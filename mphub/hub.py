@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from os import getpid
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack, overload
@@ -164,9 +164,20 @@ class EventHub:
             self._engine = self._make_engine()
             self._here = self._engine.publish_plain
             atexit.register(self._stop_at_exit)
-            self._engine.subscribe([subscription._spec for subscription in self._subscriptions.values()])
+            with self._or_stop():
+                self._engine.subscribe([subscription._spec for subscription in self._subscriptions.values()])
         if wait:
-            self._wait_all(timeout)
+            with self._or_stop():
+                self._wait_all(timeout)
+
+    @contextlib.contextmanager
+    def _or_stop(self) -> Iterator[None]:
+        """Stop what has been started if the rest of the start fails."""
+        try:
+            yield
+        except BaseException:
+            self.stop(drain=False)
+            raise
 
     def _make_engine(self) -> Engine:
         if self._kind == "inline":
@@ -175,13 +186,9 @@ class EventHub:
 
     def _wait_all(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            for name in list(self._subscriptions):
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                self._wait_ready(name, left)
-        except BaseException:
-            self.stop(drain=False)
-            raise
+        for name in list(self._subscriptions):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            self._wait_ready(name, left)
 
     def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Drain (unless told not to, at most ``timeout`` seconds), end all processes, keep the final figures.

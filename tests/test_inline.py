@@ -891,6 +891,21 @@ def test_a_setup_may_publish(record: Record) -> None:
 HUB: EventHub | None = None
 
 
+def test_a_start_that_raises_what_a_handler_raised_stops_the_hub() -> None:
+    class Early(Subscriber[int, None]):
+        def setup(self) -> None:
+            mphub.publish("out", 0)
+
+        def handle(self, payload: int) -> None: ...
+
+    hub = run_inline()
+    hub.subscribe("k", Early)
+    hub.subscribe("out", lambda n: 1 // n)
+    with pytest.raises(ZeroDivisionError):
+        hub.start()
+    assert "stopped" in repr(hub)
+
+
 def misuse(what: str) -> str:
     """Call what no handler may."""
     assert HUB is not None
