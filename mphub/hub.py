@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -35,13 +36,13 @@ from mphub.errors import (
 from mphub.events import DeadLetter, EventId, Notice, Progress, Topic, str_of
 from mphub.observe.console import Console, farewell, log
 from mphub.observe.statistics import HubStatistics
-from mphub.options import Inbox, Limits, Restart, Retry, Snapshot, Stop, check_choice, parse_share
+from mphub.options import Inbox, Limits, Restart, Retry, Snapshot, Stop, check_choice, parse_share, refuse_timing, refuse_unavailable
 from mphub.procs import boot, handlers
 from mphub.procs.exchange import ADMIT
 from mphub.publisher import HubQueue, Publisher, Transaction
 from mphub.reply import Reply, Results
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing
-from mphub.subscribing import Handler, SubscribeOptions, check_types, make_spec, refuse_unavailable
+from mphub.subscribing import Handler, SubscribeOptions, check_types, make_spec
 from mphub.subscription import Subscription
 from mphub.wire.codec import shortened
 from mphub.wire.frames import is_text
@@ -104,7 +105,7 @@ class EventHub:
             initializer=(initializer, None),
             durability=(durability, "process"),
         )
-        refuse_unavailable(retention=(retention, None), notify=(tuple(notify), ()), dashboard=(dashboard, None))
+        refuse_unavailable(retention=(retention, None), notify=(notify or (), ()), dashboard=(dashboard, None))
         check_types(stop=(stop, Stop))
         check_choice("EventHub", "engine", engine, ("process", "inline"))
         check_choice("EventHub", "unmatched", unmatched, ("warn", "ignore"))
@@ -440,8 +441,7 @@ class EventHub:
         special = headers or now or confirm or priority or delay or ordering_key or expires is not None
         if here is not None and holder.context is None and not special:
             return here(key, payload)
-        if priority or delay or expires is not None:
-            refuse_unavailable(priority=(priority, 0), delay=(delay, 0.0), expires=(expires, None))
+        refuse_timing(priority, delay, expires)
         name = check_key(key if type(key) is str else str_of(key))
         if holder.context is not None and (context := self._surrounding()) is not None:
             if confirm:
@@ -464,18 +464,15 @@ class EventHub:
         return count
 
     async def publish_async(
-        self,
-        key: str | Topic[T],
-        payload: T,
-        *,
-        ordering_key: str | None = None,
-        headers: dict[str, str] | None = None,
-        confirm: bool = False,
-    ) -> EventId:
+        self, key: str | Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False,
+        confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None,
+    ) -> EventId:  # fmt: skip
         """Publish without blocking the running loop."""
-        if self._surrounding() is not None:
-            return self.publish(str_of(key), payload, ordering_key=ordering_key, headers=headers)
-        return await asyncio.to_thread(self.publish, str_of(key), payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
+        publish = functools.partial(
+            self.publish, str_of(key), payload, ordering_key=ordering_key, headers=headers, now=now, confirm=confirm, priority=priority,
+            delay=delay, expires=expires,
+        )  # fmt: skip
+        return publish() if self._surrounding() is not None else await asyncio.to_thread(publish)
 
     def transaction(self) -> Transaction:
         """Collect events that are journaled together on leaving the ``with`` block, or not at all."""
@@ -548,8 +545,9 @@ class EventHub:
         near = nearest(key, [pattern for s in self._subscriptions.values() for pattern in s.keys])
         raise NoSubscriber(f"no subscriber answers {key!r}" + (f" (nearest pattern: {near!r})" if near else ""))
 
-    def map(self, key: str | Topic[T], payloads: Iterable[T], *, to: str | None = None) -> Results[Any]:
+    def map(self, key: str | Topic[T], payloads: Iterable[T], *, to: str | None = None, expires: float | None = None) -> Results[Any]:
         """Ask for each payload, a bounded number ahead; results in the order of the payloads."""
+        refuse_unavailable(expires=(expires, None))
         name = check_key(str_of(key))
         return Results(lambda payload: self._request(name, payload, to), payloads)
 

@@ -99,13 +99,3 @@ def check_types(**options: tuple[object, type]) -> None:
     for field, (value, wanted) in options.items():
         if not isinstance(value, wanted):
             raise InvalidOption(f"{field}: got {value!r:.60}; expected {wanted.__name__}(...)")
-
-
-def refuse_unavailable(**options: tuple[object, object]) -> None:
-    """Refuse options of later versions.
-
-    Raises InvalidOption.
-    """
-    for field, (value, default) in options.items():
-        if value != default:
-            raise InvalidOption(f"{field}: got {value!r:.60}; this version has only {field}={default!r}")

@@ -668,6 +668,8 @@ def test_what_is_not_there_yet_is_refused_with_a_sentence(engine: str) -> None:
         for options in publishing:
             with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}: got .* this version has only"):
                 hub.publish("k", "", **options)
+            with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}: got .* this version has only"):
+                asyncio.run(hub.publish_async("k", "", **options))
         with pytest.raises(mphub.InvalidOption, match="expires"):
             hub.request("k", "", expires=1.0)
 
