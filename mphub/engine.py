@@ -26,7 +26,7 @@ from mphub.reply import Reply
 from mphub.store.blobs import Blobs
 from mphub.store.journal import Dead
 from mphub.wire import codec
-from mphub.wire.frames import decoder, extra_of
+from mphub.wire.frames import Extra, decoder, extra_of
 from mphub.wire.specs import Spec
 
 KEPT_PAYLOADS = 16 << 20
@@ -49,6 +49,7 @@ class Engine(Protocol):
     def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]: ...
     def error_of(self, error: bytes, trace: str) -> BaseException | None: ...
     def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId: ...
+    def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None: ...
     def request(self, key: str, payload: object, target: str) -> Reply[Any]: ...
     def drain(self, timeout: float | None, progress: Watcher) -> None: ...
     def statistics(self) -> HubStatistics: ...
@@ -110,6 +111,9 @@ class ProcessEngine:
 
     def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId:
         return self.connection.publish(key, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
+
+    def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
+        self.connection.publish_together(events)
 
     def request(self, key: str, payload: object, target: str) -> Reply[Any]:
         return self.connection.request(key, payload, target)
@@ -216,6 +220,12 @@ class InlineEngine:
         extra = extra_of(ordering_key, headers)
         try:
             return self.inline.send(key, codec.encode(payload), extra, strict=confirm)
+        finally:
+            self._tell()
+
+    def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
+        try:
+            self.inline.send_together(events)
         finally:
             self._tell()
 

@@ -476,6 +476,8 @@ class EventHub:
 
     def transaction(self) -> Transaction:
         """Collect events that are journaled together on leaving the ``with`` block, or not at all."""
+        if self._kind == "inline":
+            return Transaction(lambda events: self._running("transaction").publish_together(events))
         return self.publisher().transaction()
 
     def flush(self, timeout: float | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing.queues
 import queue as stdlib_queue
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -65,7 +65,7 @@ class Publisher:
 
     def transaction(self) -> Transaction:
         """Collect events that are journaled together on leaving the ``with`` block, or not at all."""
-        return Transaction(self)
+        return Transaction(lambda events: self._connection.publish_together(events))  # noqa: PLW0108 (the connection of that moment)
 
     def request(self, key: str | Topic[T], payload: T, *, to: str | None = None, expires: float | None = None) -> Reply[Any]:
         """Ask the one subscriber of a key that answers (or the one named by ``to``)."""
@@ -93,8 +93,8 @@ class Publisher:
 class Transaction:
     """Events that are accepted together: committed and confirmed on leaving, discarded on an exception."""
 
-    def __init__(self, publisher: Publisher) -> None:
-        self._publisher = publisher
+    def __init__(self, commit: Callable[[list[tuple[str, bytes, Extra | None]]], object]) -> None:
+        self._commit = commit
         self._events: list[tuple[str, bytes, Extra | None]] = []
 
     def publish(
@@ -113,7 +113,7 @@ class Transaction:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None and self._events:
-            self._publisher._connection.publish_together(self._events)
+            self._commit(self._events)
         self._events = []
 
 

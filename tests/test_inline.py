@@ -876,6 +876,25 @@ def test_what_needs_other_processes_is_refused_with_a_sentence() -> None:
         hub.flush()
 
 
+def test_a_transaction_is_taken_in_before_any_of_it_is_handled(record: Record) -> None:
+    def negate(n: int) -> int:
+        record(n)
+        return -n
+
+    hub = run_inline(max_bytes="1MB")
+    hub.subscribe("k", negate, to="out")
+    hub.subscribe("out", record)
+    with hub:
+        with pytest.raises(mphub.PayloadError), hub.transaction() as together:
+            together.publish("k", 1)
+            together.publish("k", bytes(2 << 20))
+        with hub.transaction() as together:
+            together.publish("k", 2, headers={"a": "b"})
+            together.publish("k", 3)
+            assert record.lines == []
+        assert record.lines == ["2", "3", "-2", "-3"]
+
+
 def test_a_setup_may_publish(record: Record) -> None:
     class Early(Subscriber[int, None]):
         def setup(self) -> None:

@@ -68,7 +68,8 @@ class Inline:
         self.outputs = self._no_outputs()
         self.name, self.thread = "", 0
         self._lock = threading.RLock()
-        self._sequence = self._number = 0
+        self._number = 0
+        """Of the last event, which is the sequence of its batch too."""
         self._replies: dict[int, Reply[object]] = {}
         self._current: tuple[Row, int, int, object] | None = None
         self._raise: BaseException | None = None
@@ -172,22 +173,37 @@ class Inline:
         """Take in one event and, if this is the outermost call, handle it and all that follows."""
         codec.check_size(data, self.exchange.admitted)
         with self._lock:
-            self._number += 1
-            self._sequence += 1
-            number = self._number
-            batch = Batch(
-                self.id, self._sequence, number, [(key, 1)], time.time(), 0, target, reply is not None, strict,
-                size=len(data), extras={0: extra} if extra else None,
-            )  # fmt: skip
-            if reply is not None:
-                reply.id = EventId.make(self.id, number)
-                self._replies[number] = reply
-            with self.exchange.turn():
-                refused = self.exchange.accept(batch, encode(batch), join([data]))
-            if refused is not None:
-                raise NoSubscriber(refused[1])
+            number = self._take_in(key, data, extra, target, reply, strict)
             self.work_off()
             return EventId.make(self.id, number)
+
+    def send_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
+        """Take in several events, all or none, before any is handled."""
+        for _, data, _ in events:
+            codec.check_size(data, self.exchange.admitted)
+        with self._lock:
+            for key, data, extra in events:
+                self._take_in(key, data, extra)
+            self.work_off()
+
+    def _take_in(
+        self, key: str, data: bytes, extra: Extra | None, target: str | None = None, reply: Reply[object] | None = None,
+        strict: bool = False,
+    ) -> int:  # fmt: skip
+        """Take in one event as a batch of its own; return its number."""
+        self._number = number = self._number + 1
+        batch = Batch(
+            self.id, number, number, [(key, 1)], time.time(), 0, target, reply is not None, strict,
+            size=len(data), extras={0: extra} if extra else None,
+        )  # fmt: skip
+        if reply is not None:
+            reply.id = EventId.make(self.id, number)
+            self._replies[number] = reply
+        with self.exchange.turn():
+            refused = self.exchange.accept(batch, encode(batch), join([data]))
+        if refused is not None:
+            raise NoSubscriber(refused[1])
+        return number
 
     def work_off(self) -> None:
         """Handle what waits, in the order published, until nothing moves; retry delays are slept here."""
