@@ -451,7 +451,7 @@ class EventHub:
             return context.publish(name, payload, ordering_key=ordering_key, headers=headers, now=now)
         if self._engine is not None and self._pid == getpid():
             return self._engine.publish(name, payload, ordering_key, headers, confirm)
-        self._must_be_remote()
+        self._must_be_remote("publish")
         return connection_to(self._address).publish(name, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
 
     def publish_batch(self, key: str | Topic[T], payloads: Iterable[T]) -> int:
@@ -532,7 +532,7 @@ class EventHub:
         if context is not None:
             return context.request(key, payload, to)
         if self._engine is None or self._pid != getpid():
-            self._must_be_remote()
+            self._must_be_remote("request")
             return connection_to(self._address).request(key, payload, to)
         return self._engine.request(key, payload, self._answerer(key, to))
 
@@ -626,10 +626,12 @@ class EventHub:
     def _running(self, what: str) -> Engine:
         self._must_own(what)
         if self._engine is None:
-            raise HubClosed(
-                f"hub {self.name!r} is not running: {'it was stopped' if self._final else 'call start() or use with hub:'} before {what}()"
-            )
+            raise self._not_running(what)
         return self._engine
+
+    def _not_running(self, what: str) -> HubClosed:
+        why = "it was stopped" if self._final else "call start() or enter 'with hub'"
+        return HubClosed(f"hub {self.name!r} is not running: {why} before {what}()")
 
     def _must_own(self, what: str) -> None:
         """Refuse what only the hub's own process can do."""
@@ -643,9 +645,9 @@ class EventHub:
                 f"this process has a handle of hub {self.name!r}, which publishes; {what}() works in the process that made the hub"
             )
 
-    def _must_be_remote(self) -> None:
+    def _must_be_remote(self, what: str) -> None:
         if self._pid == getpid():
-            raise HubClosed(f"hub {self.name!r} is not running: {'it was stopped' if self._final else 'call start() or use with hub:'}")
+            raise self._not_running(what)
 
 
 def _handle(address: Address) -> EventHub:

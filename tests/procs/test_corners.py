@@ -225,17 +225,19 @@ def test_publish_raises_at_once_for_what_is_too_large() -> None:
         hub.stop(drain=False)
 
 
-def test_a_teardown_that_fails_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+@ENGINES
+def test_a_teardown_that_fails_is_seen(engine: str, caplog: pytest.LogCaptureFixture) -> None:
     class Late(Subscriber[int, None]):
         def handle(self, payload: int) -> None: ...
 
         def teardown(self) -> None:
             raise LookupError("no end")
 
-    hub = EventHub()
+    hub = EventHub(engine=engine)
     hub.subscribe("k", Late)
     with hub:
         hub.publish("k", 1)
+    assert "Late: teardown failed:\nTraceback" in caplog.text
     assert "no end" in caplog.text
 
 
