@@ -706,6 +706,26 @@ def test_programs_with_a_loop_can_use_it(engine: str) -> None:
     assert asyncio.run(program()) == ([1, 2, 3], 4)
 
 
+@pytest.mark.timeout(20)
+def test_coroutine_handlers_publish_at_once_and_ask_beside_a_loop(engine: str) -> None:
+    hub = EventHub(engine=engine)
+
+    async def outer(n: int) -> Any:
+        hub.publish("side", n, now=True)
+        return 10 * await hub.request("inner", n)
+
+    hub.subscribe("outer", outer)
+    hub.subscribe("inner", increase)
+    side = hub.subscribe("side", lambda n: None, name="side")
+
+    async def program() -> Any:
+        async with hub:
+            return await hub.request("outer", 1)
+
+    assert asyncio.run(program()) == 20
+    assert side.statistics().handled == 1
+
+
 def test_threads_publish_side_by_side(engine: str) -> None:
     hub = EventHub(engine=engine)
     hub.subscribe("k", lambda n: n, name="k")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,8 @@ class Inline:
         self.outputs = self._no_outputs()
         self.name, self.thread = "", 0
         self._lock = threading.RLock()
+        self._guest = 0
+        """The thread that runs a coroutine, while the one that has the lock waits for it."""
         self._number = 0
         """Of the last event, which is the sequence of its batch too."""
         self._replies: dict[int, Reply[object]] = {}
@@ -166,13 +169,17 @@ class Inline:
 
     # -- publishing
 
+    def _turn(self) -> AbstractContextManager[object]:
+        """Let one thread after the other publish."""
+        return nullcontext() if threading.get_ident() == self._guest else self._lock
+
     def send(
         self, key: str, data: bytes, extra: Extra | None = None, *, target: str | None = None,
         reply: Reply[object] | None = None, strict: bool = False,
     ) -> EventId:  # fmt: skip
         """Take in one event and, if this is the outermost call, handle it and all that follows."""
         codec.check_size(data, self.exchange.admitted)
-        with self._lock:
+        with self._turn():
             number = self._take_in(key, data, extra, target, reply, strict)
             self.work_off()
             return EventId.make(self.id, number)
@@ -181,7 +188,7 @@ class Inline:
         """Take in several events, all or none, before any is handled."""
         for _, data, _ in events:
             codec.check_size(data, self.exchange.admitted)
-        with self._lock:
+        with self._turn():
             for key, data, extra in events:
                 self._take_in(key, data, extra)
             self.work_off()
@@ -207,7 +214,7 @@ class Inline:
 
     def work_off(self) -> None:
         """Handle what waits, in the order published, until nothing moves; retry delays are slept here."""
-        with self._lock:
+        with self._turn():
             if self._busy:
                 return  # a handler published: its event waits its turn
             self._busy = True
@@ -293,8 +300,12 @@ class Inline:
             return runner.call(payload)
 
         def call() -> object:
-            self.thread = threading.get_ident()
-            return runner.call(payload)
+            before, self._guest = self._guest, threading.get_ident()
+            self.thread = self._guest
+            try:
+                return runner.call(payload)
+            finally:
+                self._guest = before
 
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(call).result()
