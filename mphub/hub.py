@@ -20,16 +20,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack, overload
 import psutil
 
 from mphub.connection import Address, connection_to
-from mphub.core.keys import check_key, matches, nearest
+from mphub.core.keys import check_key, nearest
 from mphub.engine import Engine, InlineEngine, ProcessEngine
 from mphub.errors import (
-    AmbiguousKey,
     DeadLettersLeft,
     HubClosed,
     HubError,
     InvalidOption,
     MphubError,
-    NameTaken,
     NoSubscriber,
     StartFailed,
 )
@@ -37,12 +35,13 @@ from mphub.events import DeadLetter, EventId, Notice, Progress, Topic, str_of
 from mphub.observe.console import Console, farewell, log
 from mphub.observe.statistics import HubStatistics
 from mphub.options import Inbox, Limits, Restart, Retry, Snapshot, Stop, check_choice, parse_share, refuse_timing, refuse_unavailable
-from mphub.procs import boot, handlers
+from mphub.procs import boot
 from mphub.procs.exchange import ADMIT
 from mphub.publisher import HubQueue, Publisher, Transaction
+from mphub.registry import Registry
 from mphub.reply import Reply, Results
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing
-from mphub.subscribing import Handler, SubscribeOptions, check_types, make_spec
+from mphub.subscribing import SubscribeOptions, check_types, make_spec
 from mphub.subscription import Subscription
 from mphub.wire.codec import shortened
 from mphub.wire.frames import is_text
@@ -124,7 +123,7 @@ class EventHub:
         born, largest = psutil.Process().create_time(), int(self._max_bytes * ADMIT)
         self._address = Address(str(folder), os.urandom(16), self.name, getpid(), born, largest)
         self._console = Console(unmatched)
-        self._subscriptions: dict[str, Subscription[Any, Any]] = {}
+        self._subscriptions = Registry()
         self._engine: Engine | None = None
         self._final: tuple[HubStatistics, list[DeadLetter]] | None = None
         self._given_up = 0
@@ -363,7 +362,7 @@ class EventHub:
         if not (holder.context is not None and self._engine is None and is_importing()):
             self._must_own("subscribe")
         with self._lock:
-            spec = make_spec(keys, handler, self._free_name(handler, name), to, retry, restart, inbox, limits, snapshot)
+            spec = make_spec(keys, handler, self._subscriptions.free_name(handler, name), to, retry, restart, inbox, limits, snapshot)
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             self._subscriptions[spec.name] = subscription
             if self._engine is not None:
@@ -383,24 +382,6 @@ class EventHub:
 
         return decorate
 
-    def _free_name(self, handler: Handler, name: str | None) -> str:
-        if name is not None:
-            if name in self._subscriptions:
-                raise NameTaken(f"name: {name!r} is subscribed already: choose another, or unsubscribe that one first")
-            return name
-        handlers.check_handler(handler)
-        base = handlers.default_name(handler)
-        taken = self._subscriptions.get(base)
-        if taken is None:
-            return base
-        nameless = isinstance(handler, str) or getattr(handler, "__name__", "<lambda>") == "<lambda>"
-        if taken._handler is not handler and not nameless:
-            raise NameTaken(f"name: another handler is subscribed as {base!r}: pass name= to tell them apart")
-        number = 2
-        while f"{base}-{number}" in self._subscriptions:
-            number += 1
-        return f"{base}-{number}"
-
     @property
     def subscriptions(self) -> Mapping[str, Subscription[Any, Any]]:
         """All subscriptions by name."""
@@ -411,21 +392,11 @@ class EventHub:
 
         Raises LookupError with the nearest name.
         """
-        for subscription in self._subscriptions.values():
-            if name_or_handler in (subscription.name, subscription._handler) or name_or_handler is subscription._handler:
-                return subscription
-        near = nearest(str(name_or_handler), self._subscriptions)
-        raise NoSubscriber(
-            f"no subscription {name_or_handler!r}"
-            + (f"; did you mean {near!r}?" if near else f"; there are: {', '.join(self._subscriptions) or 'none'}")
-        )
+        return self._subscriptions.find(name_or_handler)
 
     def subscribers(self, key: str | Topic[Any]) -> list[str]:
         """Return the names of those whose patterns match a key."""
-        return [s.name for s in self._matching(check_key(str_of(key)))]
-
-    def _matching(self, key: str) -> list[Subscription[Any, Any]]:
-        return [s for s in self._subscriptions.values() if any(matches(pattern, key) for pattern in s.keys)]
+        return [s.name for s in self._subscriptions.matching(check_key(str_of(key)))]
 
     # -- publishing
 
@@ -534,18 +505,7 @@ class EventHub:
         if self._engine is None or self._pid != getpid():
             self._must_be_remote("request")
             return connection_to(self._address).request(key, payload, to)
-        return self._engine.request(key, payload, self._answerer(key, to))
-
-    def _answerer(self, key: str, to: str | None) -> str:
-        if to is not None:
-            return self.subscription(to).name
-        answering = [s for s in self._matching(key) if s._spec.answers]
-        if len(answering) == 1:
-            return answering[0].name
-        if answering:
-            raise AmbiguousKey(f"{key!r} has several subscribers that answer: {', '.join(s.name for s in answering)}; choose one with to=")
-        near = nearest(key, [pattern for s in self._subscriptions.values() for pattern in s.keys])
-        raise NoSubscriber(f"no subscriber answers {key!r}" + (f" (nearest pattern: {near!r})" if near else ""))
+        return self._engine.request(key, payload, self._subscriptions.answerer(key, to))
 
     def map(self, key: str | Topic[T], payloads: Iterable[T], *, to: str | None = None, expires: float | None = None) -> Results[Any]:
         """Ask for each payload, a bounded number ahead; results in the order of the payloads."""
