@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from contextlib import AbstractContextManager
 from multiprocessing import util as mp_util
 from pickle import dumps
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 import msgspec
 import psutil
 
-from mphub.core.keys import check_key, matches
-from mphub.errors import DrainTimeout, HubClosed, MphubError, NoSubscriber, PayloadError
+from mphub.core.keys import check_key, check_name, matches
+from mphub.errors import DrainTimeout, HubClosed, HubError, MphubError, NoSubscriber, PayloadError
 from mphub.events import EventId, Topic, str_of
 from mphub.reply import Reply, failure_of
 from mphub.store.blobs import Blobs
@@ -98,7 +99,8 @@ class Connection:
         self.id = int.from_bytes(os.urandom(8), "big")
         self._base = self.id << 40
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_mine = self._lock._is_owned  # type: ignore[attr-defined]  # as Condition uses it
         self._changed = threading.Condition(self._lock)
         self._line: Line | None = None
         self._thread: threading.Thread | None = None
@@ -108,10 +110,14 @@ class Connection:
         self._events: list[bytes] = []
         self._key: str | None = None
         """That of the batch's last run."""
+        self._size = 0
+        """The batch's bytes."""
         self._clear_batch()
         self._mode: Mode = PLAIN
         self._unconfirmed: deque[tuple[int, bytes]] = deque()
         self._refused: dict[int, MphubError] = {}
+        self._awaited: set[int] = set()
+        """Frames whose refusals are for those who wait for just them."""
         self._held: list[str] = []
         self._replies: dict[int, Reply[object]] = {}
         self._ended: MphubError | None = None
@@ -133,11 +139,10 @@ class Connection:
         Raises PayloadError, HubClosed, and with ``confirm`` what the router refused it for.
         """
         data, extra = codec.encode(payload), extra_of(ordering_key, headers)
-        with self._lock:
+        with self._enter():
             number = self._add(key, data, extra, (None, False, epoch) if epoch else PLAIN, strict=confirm)
-            sequence = self._sequence
-        if confirm:
-            self._wait_confirmed(sequence, None)
+            if confirm:
+                self._wait_own(self._sequence)
         return EventId(self._base + number)
 
     def publish_plain(self, key: str | Topic[Any], payload: object) -> EventId:
@@ -147,24 +152,33 @@ class Connection:
         """
         data = dumps(payload, 5) if type(payload) in SCALARS else codec.encode(payload)
         size = len(data)
+        if self._is_mine():
+            self._enter()
         with self._lock:
             events = self._events
             if not events or self._mode is not PLAIN or self._held or self._ended is not None or size >= BLOB_MIN:
                 return EventId(self._base + self._add(check_key(str_of(key)), data, None, PLAIN))
             if key != self._key:  # else it has been checked
                 self._begin_run(check_key(str_of(key)))
-            number = self._first + len(events)
-            self._size += size
+            place = len(events)
+            number = self._first_id + place
+            size += self._size
+            self._size = size
             events.append(data)
-            if self._size >= BATCH_BYTES or len(events) >= MAX_EVENTS:
+            if size >= BATCH_BYTES or place >= MAX_EVENTS - 1:
                 self._send_batch()
-        return EventId(self._base + number)
+        return EventId(number)
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
-        """Send one event whose handler's result comes back."""
+        """Send one event whose handler's result comes back.
+
+        Raises InvalidOption, PayloadError, HubClosed.
+        """
+        if target is not None:
+            check_name(target, "to")
         data = codec.encode(payload)
         reply: Reply[object] = Reply()
-        with self._lock:
+        with self._enter():
             number = self._add(key, data, None, (target, True, 0), reply)
         reply.id = EventId(self._base + number)
         return reply
@@ -180,14 +194,25 @@ class Connection:
                 f"a transaction of {len(events)} events with {keys} bytes of keys and headers; "
                 f"at most {MAX_TOGETHER} and {MAX_KEYS_TOGETHER} go together: split it"
             )
-        with self._lock:
+        with self._enter():
             self._ready(PLAIN)
             self._send()
             for key, data, extra in events:
                 self._append(key, data, extra)
-            sequence = self._send()
-        self._wait_confirmed(sequence, None)
+            self._wait_own(self._send())
         return len(events)
+
+    def _enter(self) -> AbstractContextManager[bool]:
+        """Return the lock.
+
+        Raises HubError: this very thread has it, and would wait for itself.
+        """
+        if self._is_mine():
+            raise HubError(
+                "this call, of a signal handler or finalizer, interrupts a publish of the same thread, which must end first: "
+                "set a flag there, or let another thread publish"
+            )
+        return self._lock
 
     def _add(
         self, key: str, data: bytes, extra: Extra | None, mode: Mode, reply: Reply[object] | None = None, *, strict: bool = False
@@ -196,10 +221,7 @@ class Connection:
 
         ``strict``: at once, in a frame of its own, which is refused if nobody subscribes.
         """
-        if len(data) > self.address.largest:
-            raise PayloadError(
-                f"a payload of {len(data)} bytes exceeds what this hub admits ({self.address.largest} bytes): raise max_bytes"
-            )
+        codec.check_size(data, self.address.largest)
         if self._thread is None or self._mode != mode or self._ended is not None:
             self._ready(mode)
         while self._held and self._is_held(key):
@@ -289,6 +311,7 @@ class Connection:
 
     def _clear_batch(self) -> None:
         self._first += len(self._events)
+        self._first_id = self._base + self._first
         self._events = []
         self._runs: list[tuple[str, int]] = []
         self._key = None
@@ -320,27 +343,37 @@ class Connection:
 
         Raises DrainTimeout, HubClosed, or what a frame was refused for.
         """
-        with self._lock:
+        with self._enter():
             if self._thread is None:
                 return
             sequence = self._send()
-        self._wait_confirmed(sequence, timeout)
+            self._wait_confirmed(sequence, timeout)
+            refused = [self._refused.pop(s) for s in list(self._refused) if s <= sequence and s not in self._awaited]
+        if refused:
+            raise refused[0]
+
+    def _wait_own(self, sequence: int) -> None:
+        """Wait for one frame, with the lock held; what it is refused for is told to this thread and no other."""
+        self._awaited.add(sequence)
+        try:
+            self._wait_confirmed(sequence, None)
+        finally:
+            self._awaited.remove(sequence)
+        if sequence in self._refused:
+            raise self._refused.pop(sequence)
 
     def _wait_confirmed(self, sequence: int, timeout: float | None) -> None:
-        with self._lock:
-            done = self._changed.wait_for(lambda: self._is_confirmed(sequence) or self._ended is not None, timeout)
-            refused = [self._refused.pop(s) for s in list(self._refused) if s <= sequence]
-            if refused:
-                raise refused[0]
-            if not done:
-                waiting = len(self._unconfirmed)
-                raise DrainTimeout(f"{waiting} frames were not confirmed within {timeout} s", pending={"unconfirmed": waiting})
-            if not self._is_confirmed(sequence) and self._ended is not None:
-                raise self._ended
+        """Wait, with the lock held, until a frame and all before it are confirmed."""
+        done = self._changed.wait_for(lambda: self._is_confirmed(sequence) or self._ended is not None, timeout)
+        if not done:
+            waiting = len(self._unconfirmed)
+            raise DrainTimeout(f"{waiting} frames were not confirmed within {timeout} s", pending={"unconfirmed": waiting})
+        if not self._is_confirmed(sequence) and self._ended is not None:
+            raise self._ended
 
     def wait_room(self, key: str, timeout: float) -> bool:
         """Wait until a key is not held; say whether it is so."""
-        with self._lock:
+        with self._enter():
             return self._changed.wait_for(lambda: self._ended is not None or not self._is_held(key), timeout)
 
     def _is_held(self, key: str) -> bool:
@@ -524,6 +557,9 @@ def _last_flush(reference: weakref.ref[Connection]) -> None:
 
 
 def _reset_all() -> None:
+    """Begin anew in a forked child, whatever the parent's threads held."""
+    global _shared_lock
+    _shared_lock = threading.RLock()
     for connection in list(_connections):
         line = connection._line
         if line is not None:  # only this process's copy of the descriptor: a shutdown would end the parent's stream
@@ -535,7 +571,8 @@ def _reset_all() -> None:
 os.register_at_fork(after_in_child=_reset_all)
 
 _shared: dict[str, Connection] = {}
-_shared_lock = threading.Lock()
+_shared_lock = threading.RLock()
+"""One that a signal handler can have once more."""
 
 
 def connection_to(address: Address) -> Connection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import TimeoutError as WaitTimeout
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from mphub.reply import Reply
 from mphub.store.blobs import Blobs
 from mphub.store.journal import Dead
 from mphub.wire import codec
-from mphub.wire.frames import decoder, extra_of
+from mphub.wire.frames import Extra, decoder, extra_of
 from mphub.wire.specs import Spec
 
 KEPT_PAYLOADS = 16 << 20
@@ -42,13 +42,14 @@ class Engine(Protocol):
 
     publish_plain: Callable[[str | Topic[Any], object], EventId] | None
 
-    def subscribe(self, spec: Spec) -> None: ...
+    def subscribe(self, specs: Sequence[Spec]) -> None: ...
     def unsubscribe(self, name: str, *, drain: bool) -> None: ...
     def restart(self, name: str) -> None: ...
     def state_of(self, name: str) -> tuple[str, bytes, str]: ...
     def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]: ...
     def error_of(self, error: bytes, trace: str) -> BaseException | None: ...
     def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId: ...
+    def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None: ...
     def request(self, key: str, payload: object, target: str) -> Reply[Any]: ...
     def drain(self, timeout: float | None, progress: Watcher) -> None: ...
     def statistics(self) -> HubStatistics: ...
@@ -72,11 +73,18 @@ class ProcessEngine:
         self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = self.connection.publish_plain
         self.blobs = Blobs(f"{address.folder}/blobs", int.from_bytes(address.token[:8], "big"))
 
-    def subscribe(self, spec: Spec) -> None:
-        self.connection.flush()  # what was published before is not for it
-        self.client.states.pop(spec.name, None)  # of one that had this name before
+    def subscribe(self, specs: Sequence[Spec]) -> None:
+        self.connection.flush()  # what was published before is not for them
+        for spec in specs:
+            self.client.states.pop(spec.name, None)  # of one that had this name before
+        packed = [self._packed(spec) for spec in specs]
+        # all before the first answer, on which a process starts: what its setup publishes is for the others too
+        for answer in [self.client.ask("subscribe", spec=spec) for spec in packed]:
+            answer.result()
+
+    def _packed(self, spec: Spec) -> bytes:
         data, blob = self.blobs.spill(spec.handler)
-        self.client.call("subscribe", spec=msgspec.msgpack.encode(msgspec.structs.replace(spec, handler=data, handler_blob=blob)))
+        return msgspec.msgpack.encode(msgspec.structs.replace(spec, handler=data, handler_blob=blob))
 
     def unsubscribe(self, name: str, *, drain: bool) -> None:
         self.connection.flush()
@@ -103,6 +111,9 @@ class ProcessEngine:
 
     def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId:
         return self.connection.publish(key, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
+
+    def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
+        self.connection.publish_together(events)
 
     def request(self, key: str, payload: object, target: str) -> Reply[Any]:
         return self.connection.request(key, payload, target)
@@ -185,8 +196,8 @@ class InlineEngine:
         self.console = console
         self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = None
 
-    def subscribe(self, spec: Spec) -> None:
-        self.inline.subscribe(spec)
+    def subscribe(self, specs: Sequence[Spec]) -> None:
+        self.inline.subscribe(specs)
 
     def unsubscribe(self, name: str, *, drain: bool) -> None:
         self.inline.unsubscribe(name)
@@ -209,6 +220,12 @@ class InlineEngine:
         extra = extra_of(ordering_key, headers)
         try:
             return self.inline.send(key, codec.encode(payload), extra, strict=confirm)
+        finally:
+            self._tell()
+
+    def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
+        try:
+            self.inline.send_together(events)
         finally:
             self._tell()
 

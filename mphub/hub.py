@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import os
 import signal
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from os import getpid
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack, overload
@@ -19,30 +20,31 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack, overload
 import psutil
 
 from mphub.connection import Address, connection_to
-from mphub.core.keys import check_key, matches, nearest
+from mphub.core.keys import check_key, nearest
 from mphub.engine import Engine, InlineEngine, ProcessEngine
 from mphub.errors import (
-    AmbiguousKey,
     DeadLettersLeft,
     HubClosed,
     HubError,
     InvalidOption,
     MphubError,
-    NameTaken,
     NoSubscriber,
     StartFailed,
 )
 from mphub.events import DeadLetter, EventId, Notice, Progress, Topic, str_of
 from mphub.observe.console import Console, farewell, log
 from mphub.observe.statistics import HubStatistics
-from mphub.options import Inbox, Limits, Restart, Retry, Snapshot, Stop, check_choice, parse_share
-from mphub.procs import boot, handlers
+from mphub.options import Inbox, Limits, Restart, Retry, Snapshot, Stop, check_choice, parse_share, refuse_timing, refuse_unavailable
+from mphub.procs import boot
 from mphub.procs.exchange import ADMIT
 from mphub.publisher import HubQueue, Publisher, Transaction
+from mphub.registry import Registry
 from mphub.reply import Reply, Results
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing
-from mphub.subscribing import Handler, SubscribeOptions, check_types, make_spec, refuse_unavailable
+from mphub.subscribing import SubscribeOptions, check_types, make_spec
 from mphub.subscription import Subscription
+from mphub.wire.codec import shortened
+from mphub.wire.frames import is_text
 
 if TYPE_CHECKING:  # a lambda says nothing of its payload: then it is Any, also to what checks its body (bound)
     from typing_extensions import TypeVar as DefaultTypeVar
@@ -102,7 +104,7 @@ class EventHub:
             initializer=(initializer, None),
             durability=(durability, "process"),
         )
-        refuse_unavailable(retention=(retention, None), notify=(tuple(notify), ()), dashboard=(dashboard, None))
+        refuse_unavailable(retention=(retention, None), notify=(notify or (), ()), dashboard=(dashboard, None))
         check_types(stop=(stop, Stop))
         check_choice("EventHub", "engine", engine, ("process", "inline"))
         check_choice("EventHub", "unmatched", unmatched, ("warn", "ignore"))
@@ -110,6 +112,8 @@ class EventHub:
             raise InvalidOption(
                 "EventHub(propagate): got True with engine='process'; only the inline engine can raise a handler's exception from publish"
             )
+        if name is not None and not is_text(name):
+            raise InvalidOption(f"EventHub(name): got {name!r:.80}; expected a str that utf-8 can encode")
         parent, self._is_small = boot.runtime_parent()
         self.name = name if name is not None else default_name()
         self._kind, self._check, self._stop, self._unmatched = engine, check, stop, unmatched
@@ -119,7 +123,7 @@ class EventHub:
         born, largest = psutil.Process().create_time(), int(self._max_bytes * ADMIT)
         self._address = Address(str(folder), os.urandom(16), self.name, getpid(), born, largest)
         self._console = Console(unmatched)
-        self._subscriptions: dict[str, Subscription[Any, Any]] = {}
+        self._subscriptions = Registry()
         self._engine: Engine | None = None
         self._final: tuple[HubStatistics, list[DeadLetter]] | None = None
         self._given_up = 0
@@ -160,10 +164,20 @@ class EventHub:
             self._engine = self._make_engine()
             self._here = self._engine.publish_plain
             atexit.register(self._stop_at_exit)
-            for subscription in list(self._subscriptions.values()):
-                self._engine.subscribe(subscription._spec)
+            with self._or_stop():
+                self._engine.subscribe([subscription._spec for subscription in self._subscriptions.values()])
         if wait:
-            self._wait_all(timeout)
+            with self._or_stop():
+                self._wait_all(timeout)
+
+    @contextlib.contextmanager
+    def _or_stop(self) -> Iterator[None]:
+        """Stop what has been started if the rest of the start fails."""
+        try:
+            yield
+        except BaseException:
+            self.stop(drain=False)
+            raise
 
     def _make_engine(self) -> Engine:
         if self._kind == "inline":
@@ -172,13 +186,9 @@ class EventHub:
 
     def _wait_all(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            for name in list(self._subscriptions):
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                self._wait_ready(name, left)
-        except BaseException:
-            self.stop(drain=False)
-            raise
+        for name in list(self._subscriptions):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            self._wait_ready(name, left)
 
     def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Drain (unless told not to, at most ``timeout`` seconds), end all processes, keep the final figures.
@@ -352,12 +362,12 @@ class EventHub:
         if not (holder.context is not None and self._engine is None and is_importing()):
             self._must_own("subscribe")
         with self._lock:
-            spec = make_spec(keys, handler, self._free_name(handler, name), to, retry, restart, inbox, limits, snapshot)
+            spec = make_spec(keys, handler, self._subscriptions.free_name(handler, name), to, retry, restart, inbox, limits, snapshot)
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             self._subscriptions[spec.name] = subscription
             if self._engine is not None:
                 try:
-                    self._engine.subscribe(spec)
+                    self._engine.subscribe([spec])
                 except BaseException:
                     del self._subscriptions[spec.name]
                     raise
@@ -372,24 +382,6 @@ class EventHub:
 
         return decorate
 
-    def _free_name(self, handler: Handler, name: str | None) -> str:
-        if name is not None:
-            if name in self._subscriptions:
-                raise NameTaken(f"name: {name!r} is subscribed already: choose another, or unsubscribe that one first")
-            return name
-        handlers.check_handler(handler)
-        base = handlers.default_name(handler)
-        taken = self._subscriptions.get(base)
-        if taken is None:
-            return base
-        nameless = isinstance(handler, str) or getattr(handler, "__name__", "<lambda>") == "<lambda>"
-        if taken._handler is not handler and not nameless:
-            raise NameTaken(f"name: another handler is subscribed as {base!r}: pass name= to tell them apart")
-        number = 2
-        while f"{base}-{number}" in self._subscriptions:
-            number += 1
-        return f"{base}-{number}"
-
     @property
     def subscriptions(self) -> Mapping[str, Subscription[Any, Any]]:
         """All subscriptions by name."""
@@ -400,21 +392,11 @@ class EventHub:
 
         Raises LookupError with the nearest name.
         """
-        for subscription in self._subscriptions.values():
-            if name_or_handler in (subscription.name, subscription._handler) or name_or_handler is subscription._handler:
-                return subscription
-        near = nearest(str(name_or_handler), self._subscriptions)
-        raise NoSubscriber(
-            f"no subscription {name_or_handler!r}"
-            + (f"; did you mean {near!r}?" if near else f"; there are: {', '.join(self._subscriptions) or 'none'}")
-        )
+        return self._subscriptions.find(name_or_handler)
 
     def subscribers(self, key: str | Topic[Any]) -> list[str]:
         """Return the names of those whose patterns match a key."""
-        return [s.name for s in self._matching(check_key(str_of(key)))]
-
-    def _matching(self, key: str) -> list[Subscription[Any, Any]]:
-        return [s for s in self._subscriptions.values() if any(matches(pattern, key) for pattern in s.keys)]
+        return [s.name for s in self._subscriptions.matching(check_key(str_of(key)))]
 
     # -- publishing
 
@@ -430,8 +412,7 @@ class EventHub:
         special = headers or now or confirm or priority or delay or ordering_key or expires is not None
         if here is not None and holder.context is None and not special:
             return here(key, payload)
-        if priority or delay or expires is not None:
-            refuse_unavailable(priority=(priority, 0), delay=(delay, 0.0), expires=(expires, None))
+        refuse_timing(priority, delay, expires)
         name = check_key(key if type(key) is str else str_of(key))
         if holder.context is not None and (context := self._surrounding()) is not None:
             if confirm:
@@ -441,7 +422,7 @@ class EventHub:
             return context.publish(name, payload, ordering_key=ordering_key, headers=headers, now=now)
         if self._engine is not None and self._pid == getpid():
             return self._engine.publish(name, payload, ordering_key, headers, confirm)
-        self._must_be_remote()
+        self._must_be_remote("publish")
         return connection_to(self._address).publish(name, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
 
     def publish_batch(self, key: str | Topic[T], payloads: Iterable[T]) -> int:
@@ -454,21 +435,20 @@ class EventHub:
         return count
 
     async def publish_async(
-        self,
-        key: str | Topic[T],
-        payload: T,
-        *,
-        ordering_key: str | None = None,
-        headers: dict[str, str] | None = None,
-        confirm: bool = False,
-    ) -> EventId:
+        self, key: str | Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False,
+        confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None,
+    ) -> EventId:  # fmt: skip
         """Publish without blocking the running loop."""
-        if self._surrounding() is not None:
-            return self.publish(str_of(key), payload, ordering_key=ordering_key, headers=headers)
-        return await asyncio.to_thread(self.publish, str_of(key), payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
+        publish = functools.partial(
+            self.publish, str_of(key), payload, ordering_key=ordering_key, headers=headers, now=now, confirm=confirm, priority=priority,
+            delay=delay, expires=expires,
+        )  # fmt: skip
+        return publish() if self._surrounding() is not None else await asyncio.to_thread(publish)
 
     def transaction(self) -> Transaction:
         """Collect events that are journaled together on leaving the ``with`` block, or not at all."""
+        if self._kind == "inline":
+            return Transaction(lambda events: self._running("transaction").publish_together(events))
         return self.publisher().transaction()
 
     def flush(self, timeout: float | None = None) -> None:
@@ -523,23 +503,13 @@ class EventHub:
         if context is not None:
             return context.request(key, payload, to)
         if self._engine is None or self._pid != getpid():
-            self._must_be_remote()
+            self._must_be_remote("request")
             return connection_to(self._address).request(key, payload, to)
-        return self._engine.request(key, payload, self._answerer(key, to))
+        return self._engine.request(key, payload, self._subscriptions.answerer(key, to))
 
-    def _answerer(self, key: str, to: str | None) -> str:
-        if to is not None:
-            return self.subscription(to).name
-        answering = [s for s in self._matching(key) if s._spec.answers]
-        if len(answering) == 1:
-            return answering[0].name
-        if answering:
-            raise AmbiguousKey(f"{key!r} has several subscribers that answer: {', '.join(s.name for s in answering)}; choose one with to=")
-        near = nearest(key, [pattern for s in self._subscriptions.values() for pattern in s.keys])
-        raise NoSubscriber(f"no subscriber answers {key!r}" + (f" (nearest pattern: {near!r})" if near else ""))
-
-    def map(self, key: str | Topic[T], payloads: Iterable[T], *, to: str | None = None) -> Results[Any]:
+    def map(self, key: str | Topic[T], payloads: Iterable[T], *, to: str | None = None, expires: float | None = None) -> Results[Any]:
         """Ask for each payload, a bounded number ahead; results in the order of the payloads."""
+        refuse_unavailable(expires=(expires, None))
         name = check_key(str_of(key))
         return Results(lambda payload: self._request(name, payload, to), payloads)
 
@@ -616,10 +586,12 @@ class EventHub:
     def _running(self, what: str) -> Engine:
         self._must_own(what)
         if self._engine is None:
-            raise HubClosed(
-                f"hub {self.name!r} is not running: {'it was stopped' if self._final else 'call start() or use with hub:'} before {what}()"
-            )
+            raise self._not_running(what)
         return self._engine
+
+    def _not_running(self, what: str) -> HubClosed:
+        why = "it was stopped" if self._final else "call start() or enter 'with hub'"
+        return HubClosed(f"hub {self.name!r} is not running: {why} before {what}()")
 
     def _must_own(self, what: str) -> None:
         """Refuse what only the hub's own process can do."""
@@ -633,9 +605,9 @@ class EventHub:
                 f"this process has a handle of hub {self.name!r}, which publishes; {what}() works in the process that made the hub"
             )
 
-    def _must_be_remote(self) -> None:
+    def _must_be_remote(self, what: str) -> None:
         if self._pid == getpid():
-            raise HubClosed(f"hub {self.name!r} is not running: {'it was stopped' if self._final else 'call start() or use with hub:'}")
+            raise self._not_running(what)
 
 
 def _handle(address: Address) -> EventHub:
@@ -665,5 +637,5 @@ os.register_at_fork(after_in_child=_leave_the_short_way)
 
 def default_name() -> str:
     """Name a hub after its script and process."""
-    script = os.path.basename(sys.argv[0] if sys.argv else "")
+    script = shortened(os.path.basename(sys.argv[0] if sys.argv else ""))
     return f"{script if script not in ('', '-', '-c') else 'python'}-{getpid()}"

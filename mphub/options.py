@@ -85,6 +85,25 @@ def check_choice(owner: str, field: str, value: object, choices: tuple[str, ...]
         raise InvalidOption(f"{owner}({field}): got {value!r}; expected one of {', '.join(map(repr, choices))}")
 
 
+def refuse_unavailable(**options: tuple[object, object]) -> None:
+    """Refuse options of later versions.
+
+    Raises InvalidOption.
+    """
+    for field, (value, default) in options.items():
+        if value != default:
+            raise InvalidOption(f"{field}: got {value!r:.60}; this version has only {field}={default!r}")
+
+
+def refuse_timing(priority: int, delay: float, expires: float | None) -> None:
+    """Refuse when and in what order an event is to be started, which later versions know.
+
+    Raises InvalidOption.
+    """
+    if priority or delay or expires is not None:
+        refuse_unavailable(priority=(priority, 0), delay=(delay, 0.0), expires=(expires, None))
+
+
 class Restart(msgspec.Struct, frozen=True):
     """When a process that died is started again.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing.queues
 import queue as stdlib_queue
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -13,6 +13,7 @@ from mphub.connection import Address, Connection, connection_to
 from mphub.core.keys import check_key
 from mphub.errors import PayloadError
 from mphub.events import EventId, Topic, str_of
+from mphub.options import refuse_timing, refuse_unavailable
 from mphub.reply import Reply
 from mphub.wire import codec
 from mphub.wire.frames import Extra, extra_of
@@ -34,18 +35,14 @@ class Publisher:
         return connection_to(self._address)
 
     def publish(
-        self,
-        key: str | Topic[T],
-        payload: T,
-        *,
-        ordering_key: str | None = None,
-        headers: dict[str, str] | None = None,
-        confirm: bool = False,
-    ) -> EventId:
-        """Send one event; pipelined unless ``confirm``.
+        self, key: str | Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False,
+        confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None,
+    ) -> EventId:  # fmt: skip
+        """Send one event; pipelined unless ``confirm``. It goes out at once, ``now`` or not.
 
         Raises InvalidKey, PayloadError, HubClosed; with ``confirm`` NoSubscriber.
         """
+        refuse_timing(priority, delay, expires)
         return self._connection.publish(check_key(str_of(key)), payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
 
     def publish_batch(self, key: str | Topic[T], payloads: Iterable[T]) -> int:
@@ -56,16 +53,23 @@ class Publisher:
             count += 1
         return count
 
-    async def publish_async(self, key: str | Topic[T], payload: T, *, confirm: bool = False) -> EventId:
+    async def publish_async(
+        self, key: str | Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False,
+        confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None,
+    ) -> EventId:  # fmt: skip
         """Send one event without blocking the running loop."""
-        return await asyncio.to_thread(self.publish, str_of(key), payload, confirm=confirm)
+        return await asyncio.to_thread(
+            self.publish, str_of(key), payload, ordering_key=ordering_key, headers=headers, now=now, confirm=confirm, priority=priority,
+            delay=delay, expires=expires,
+        )  # fmt: skip
 
     def transaction(self) -> Transaction:
         """Collect events that are journaled together on leaving the ``with`` block, or not at all."""
-        return Transaction(self)
+        return Transaction(lambda events: self._connection.publish_together(events))  # noqa: PLW0108 (the connection of that moment)
 
-    def request(self, key: str | Topic[T], payload: T, *, to: str | None = None) -> Reply[Any]:
+    def request(self, key: str | Topic[T], payload: T, *, to: str | None = None, expires: float | None = None) -> Reply[Any]:
         """Ask the one subscriber of a key that answers (or the one named by ``to``)."""
+        refuse_unavailable(expires=(expires, None))
         return self._connection.request(check_key(str_of(key)), payload, to)
 
     def flush(self, timeout: float | None = None) -> None:
@@ -89,8 +93,8 @@ class Publisher:
 class Transaction:
     """Events that are accepted together: committed and confirmed on leaving, discarded on an exception."""
 
-    def __init__(self, publisher: Publisher) -> None:
-        self._publisher = publisher
+    def __init__(self, commit: Callable[[list[tuple[str, bytes, Extra | None]]], object]) -> None:
+        self._commit = commit
         self._events: list[tuple[str, bytes, Extra | None]] = []
 
     def publish(
@@ -109,7 +113,7 @@ class Transaction:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None and self._events:
-            self._publisher._connection.publish_together(self._events)
+            self._commit(self._events)
         self._events = []
 
 

@@ -91,21 +91,11 @@ def snapshot_rule(cls: type[Subscriber[Any, Any]] | None, rule: Snapshot | None)
 
 def surroundings() -> Surroundings:
     """Note what this process looks like now: every incarnation begins with it."""
-    path = [os.getcwd() if entry == "" else entry for entry in sys.path]
-    return Surroundings(os.getcwd(), path, dict(os.environ))
+    path = [os.getcwdb() if entry == "" else os.fsencode(entry) for entry in sys.path]
+    return Surroundings(os.getcwdb(), path, dict(os.environb))
 
 
 def check_types(**options: tuple[object, type]) -> None:
     for field, (value, wanted) in options.items():
         if not isinstance(value, wanted):
             raise InvalidOption(f"{field}: got {value!r:.60}; expected {wanted.__name__}(...)")
-
-
-def refuse_unavailable(**options: tuple[object, object]) -> None:
-    """Refuse options of later versions.
-
-    Raises InvalidOption.
-    """
-    for field, (value, default) in options.items():
-        if value != default:
-            raise InvalidOption(f"{field}: got {value!r:.60}; this version has only {field}={default!r}")

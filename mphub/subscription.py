@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mphub.events import DeadLetter
 from mphub.observe.statistics import SubscriberStatistics
+from mphub.options import refuse_unavailable
 from mphub.reply import Reply, Results
 from mphub.wire.specs import Spec
 
@@ -39,12 +40,16 @@ class Subscription(Generic[T, R]):
         """STARTING, RUNNING, BACKOFF, STOPPING, STOPPED or FATAL."""
         return self._hub._state_of(self.name)
 
-    def request(self, payload: T) -> Reply[R]:
+    def request(self, payload: T, *, expires: float | None = None) -> Reply[R]:
         """Ask this subscriber; the reply ends with its result or with why there is none."""
+        refuse_unavailable(expires=(expires, None))
         return self._hub._request(self._own_key(), payload, self.name)
 
-    def map(self, payloads: Iterable[T]) -> Results[R]:
+    def map(
+        self, payloads: Iterable[T], *, ordered: bool = True, errors: str = "raise", progress: bool = False, total: int | None = None
+    ) -> Results[R]:
         """Ask it for each payload, a bounded number ahead; results in the order of the payloads."""
+        refuse_unavailable(ordered=(ordered, True), errors=(errors, "raise"), progress=(progress, False), total=(total, None))
         return Results(self.request, payloads)
 
     def wait_ready(self, timeout: float | None = None) -> None:

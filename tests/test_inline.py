@@ -537,7 +537,7 @@ def test_a_hub_that_does_not_run_says_what_to_do(engine: str) -> None:
     idle = hub.subscribe("k", lambda n: n, name="k")
     calls = (lambda: hub.publish("k", 1), lambda: hub.request("k", 1), lambda: hub.publish_batch("k", [1]), hub.drain, idle.restart)
     for call in calls:
-        with pytest.raises(mphub.HubClosed, match="'idle' is not running: call start"):
+        with pytest.raises(mphub.HubClosed, match=r"'idle' is not running: call start\(\) or .* before \w+\(\)$"):
             call()
     assert idle.state == "STOPPED"
     hub.stop()
@@ -668,6 +668,8 @@ def test_what_is_not_there_yet_is_refused_with_a_sentence(engine: str) -> None:
         for options in publishing:
             with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}: got .* this version has only"):
                 hub.publish("k", "", **options)
+            with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}: got .* this version has only"):
+                asyncio.run(hub.publish_async("k", "", **options))
         with pytest.raises(mphub.InvalidOption, match="expires"):
             hub.request("k", "", expires=1.0)
 
@@ -702,6 +704,26 @@ def test_programs_with_a_loop_can_use_it(engine: str) -> None:
         return found, hub.statistics().subscribers["k"].handled
 
     assert asyncio.run(program()) == ([1, 2, 3], 4)
+
+
+@pytest.mark.timeout(20)
+def test_coroutine_handlers_publish_at_once_and_ask_beside_a_loop(engine: str) -> None:
+    hub = EventHub(engine=engine)
+
+    async def outer(n: int) -> Any:
+        hub.publish("side", n, now=True)
+        return 10 * await hub.request("inner", n)
+
+    hub.subscribe("outer", outer)
+    hub.subscribe("inner", increase)
+    side = hub.subscribe("side", lambda n: None, name="side")
+
+    async def program() -> Any:
+        async with hub:
+            return await hub.request("outer", 1)
+
+    assert asyncio.run(program()) == 20
+    assert side.statistics().handled == 1
 
 
 def test_threads_publish_side_by_side(engine: str) -> None:
@@ -874,6 +896,25 @@ def test_what_needs_other_processes_is_refused_with_a_sentence() -> None:
         hub.flush()
 
 
+def test_a_transaction_is_taken_in_before_any_of_it_is_handled(record: Record) -> None:
+    def negate(n: int) -> int:
+        record(n)
+        return -n
+
+    hub = run_inline(max_bytes="1MB")
+    hub.subscribe("k", negate, to="out")
+    hub.subscribe("out", record)
+    with hub:
+        with pytest.raises(mphub.PayloadError), hub.transaction() as together:
+            together.publish("k", 1)
+            together.publish("k", bytes(2 << 20))
+        with hub.transaction() as together:
+            together.publish("k", 2, headers={"a": "b"})
+            together.publish("k", 3)
+            assert record.lines == []
+        assert record.lines == ["2", "3", "-2", "-3"]
+
+
 def test_a_setup_may_publish(record: Record) -> None:
     class Early(Subscriber[int, None]):
         def setup(self) -> None:
@@ -889,6 +930,21 @@ def test_a_setup_may_publish(record: Record) -> None:
 
 
 HUB: EventHub | None = None
+
+
+def test_a_start_that_raises_what_a_handler_raised_stops_the_hub() -> None:
+    class Early(Subscriber[int, None]):
+        def setup(self) -> None:
+            mphub.publish("out", 0)
+
+        def handle(self, payload: int) -> None: ...
+
+    hub = run_inline()
+    hub.subscribe("k", Early)
+    hub.subscribe("out", lambda n: 1 // n)
+    with pytest.raises(ZeroDivisionError):
+        hub.start()
+    assert "stopped" in repr(hub)
 
 
 def misuse(what: str) -> str:

@@ -19,7 +19,7 @@ LAYERS = (
     {"observe"},
     {"publisher", "subscriber", "reply", "connection"},
     {"procs"},
-    {"hub", "engine", "subscribing", "subscription"},
+    {"hub", "engine", "registry", "subscribing", "subscription"},
     {"cli", "ext", "testing"},
     {"__init__", "__main__"},
 )

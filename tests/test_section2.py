@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import functools
 import inspect
 import os
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -66,7 +68,9 @@ CONTRACT: dict[Any, dict[str, str]] = {
         "flush": "timeout=None",
         "publisher": "",
         "attach": "queue",
+        "publish_async": "key payload *ordering_key=None *headers=None *now=False *confirm=False *priority=0 *delay=0.0 *expires=None",
         "request": "key payload *to=None *expires=None",
+        "map": "key payloads *to=None *expires=None",
         "statistics": "",
         "on_notice": "callback",
         "dead_letters": "name=None",
@@ -74,6 +78,8 @@ CONTRACT: dict[Any, dict[str, str]] = {
         "purge": "name=None ids=None",
     },
     mphub.Subscription: {
+        "request": "payload *expires=None",
+        "map": "payloads *ordered=True *errors='raise' *progress=False *total=None",
         "wait_ready": "timeout=None",
         "restart": "",
         "unsubscribe": "*drain=True *forget=False",
@@ -82,7 +88,15 @@ CONTRACT: dict[Any, dict[str, str]] = {
         "redrive": "ids=None",
         "purge": "ids=None",
     },
-    mphub.Publisher: {"flush": "timeout=None", "transaction": "", "publish_batch": "key payloads", "close": ""},
+    mphub.Publisher: {
+        "publish": "key payload *ordering_key=None *headers=None *now=False *confirm=False *priority=0 *delay=0.0 *expires=None",
+        "publish_async": "key payload *ordering_key=None *headers=None *now=False *confirm=False *priority=0 *delay=0.0 *expires=None",
+        "request": "key payload *to=None *expires=None",
+        "flush": "timeout=None",
+        "transaction": "",
+        "publish_batch": "key payloads",
+        "close": "",
+    },
     mphub.Topic: {"__init__": "key payload_type=None"},
     Subscriber: {"setup": "", "handle": "payload", "teardown": "", "snapshot": "", "restore": "state"},
 }
@@ -135,13 +149,36 @@ def test_a_hub_is_named_after_its_script() -> None:
     "options",
     [
         {"engine": "threads"}, {"engine": None}, {"unmatched": "raise"}, {"max_bytes": "much"}, {"max_bytes": "0%"}, {"max_bytes": 0},
-        {"max_bytes": -5}, {"max_bytes": "101%"}, {"max_bytes": None}, {"propagate": True},
+        {"max_bytes": -5}, {"max_bytes": "101%"}, {"max_bytes": None}, {"propagate": True}, {"name": "\udcff"},
+        {"name": 5},
     ],
     ids=str,
 )  # fmt: skip
 def test_a_wrong_option_of_a_hub_is_named(options: dict[str, Any]) -> None:
     with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}.*got"):
         EventHub(**options)
+
+
+# -- what is not there yet
+
+
+def test_options_of_later_versions_are_refused_by_name() -> None:
+    hub = EventHub()
+    ask, publisher = hub.subscribe("k", len), hub.publisher()
+    calls: dict[str, Callable[..., object]] = {
+        "priority": lambda: publisher.publish("k", 1, priority=1),
+        "delay": lambda: asyncio.run(publisher.publish_async("k", 1, delay=1.0)),
+        "expires": lambda: publisher.request("k", 1, expires=1.0),
+        "expires: got 2": lambda: ask.request("", expires=2.0),
+        "expires: got 3": lambda: hub.map("k", [""], expires=3.0),
+        "ordered": lambda: ask.map([""], ordered=False),
+        "errors": lambda: ask.map([""], errors="return"),
+        "progress": lambda: ask.map([""], progress=True),
+        "total": lambda: ask.map([""], total=1),
+    }
+    for name, call in calls.items():
+        with pytest.raises(mphub.InvalidOption, match=f"{name}.*this version has only"):
+            call()
 
 
 # -- subscribing
@@ -209,6 +246,21 @@ class NoHandle(Subscriber[int, int]):
     """Lacks its method."""
 
 
+class Yields(Subscriber[int, Any]):
+    """Its method runs nothing when it is called."""
+
+    def handle(self, payload: int) -> Any:
+        yield payload
+
+
+def yields(payload: object) -> Any:
+    yield payload
+
+
+async def yields_later(payload: object) -> Any:
+    yield payload
+
+
 @pytest.mark.parametrize(
     ("handler", "words"),
     [
@@ -222,6 +274,13 @@ class NoHandle(Subscriber[int, int]):
         ("os.getcwd", "module:attribute"),
         ("os:", "module:attribute"),
         (":getcwd", "module:attribute"),
+        (yields, "'yields' is a generator function"),
+        (yields_later, "'yields_later' is a generator function"),
+        (functools.partial(yields), "generator function"),
+        (Yields, "'Yields.handle' is a generator function"),
+        (functools.partial(Yields), "generator function"),
+        (Yields().handle, "generator function"),
+        (Yields(), "generator function"),
     ],
     ids=str,
 )

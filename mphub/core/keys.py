@@ -9,7 +9,7 @@ from functools import lru_cache
 from mphub.errors import InvalidKey, InvalidOption
 
 MAX_LENGTH = 255
-_TOKEN = re.compile(r"[^\s.*>\x00-\x1f\x7f]+")
+_TOKEN = re.compile(r"[^\s.*>\x00-\x1f\x7f\ud800-\udfff]+")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -55,16 +55,18 @@ def _why(token: str, *, wild: bool) -> str:
         return "'>' stands for the rest: it can only be the last token"
     if wild and ("*" in token or ">" in token):
         return f"a wildcard is a token of its own, unlike in {token!r}: expected '*' or '>' alone between dots"
+    if any("\ud800" <= character <= "\udfff" for character in token):
+        return f"token {token!r} has a lone surrogate, which utf-8 cannot encode: put such a text into the payload"
     return f"token {token!r} has whitespace or a control character: use '_' or '-' instead"
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, field: str = "name") -> str:
     """Return a subscriber's name.
 
     Raises InvalidOption.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidOption(f"name: got {name!r}; expected 1 to 64 letters, digits, '_' or '-'")
+        raise InvalidOption(f"{field}: got {name!r:.80}; expected 1 to 64 letters, digits, '_' or '-'")
     return name
 
 

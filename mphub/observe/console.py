@@ -119,11 +119,8 @@ def text_of(notice: Notice) -> str:
     """Put a notice into words."""
     details, who = notice.details, notice.subscriber
     if notice.kind == "failure":
-        more = f" (+{details['more']} more)" if details.get("more") else ""
-        head = f"{who}: event {details['id']} of key {details['key']!r} failed, attempt {details['attempt']}{more}"
-        return (
-            f"{head}:\n{notice.message.rstrip()}" if details.get("first") else f"{head}: {notice.message.rstrip().rpartition(chr(10))[2]}"
-        )
+        text = notice.message.rstrip()
+        return f"{_failed(notice)}:\n{text}" if details.get("first") else f"{_failed(notice)}: {text.rpartition(chr(10))[2]}"
     if notice.kind == "dead_letter":
         more = f" (+{details['more']} more)" if details.get("more") else ""
         head = f"{who}: event {details['id']} of key {details['key']!r} is a dead letter"
@@ -131,6 +128,14 @@ def text_of(notice: Notice) -> str:
     trace = details.get("traceback")
     head = f"{who}: {notice.message}" if who else notice.message
     return f"{head}\n{trace.rstrip()}" if trace else head
+
+
+def _failed(notice: Notice) -> str:
+    details = notice.details
+    if details["id"] == "teardown":
+        return f"{notice.subscriber}: teardown failed"
+    more = f" (+{details['more']} more)" if details.get("more") else ""
+    return f"{notice.subscriber}: event {details['id']} of key {details['key']!r} failed, attempt {details['attempt']}{more}"
 
 
 def farewell(name: str, statistics: HubStatistics, given_up: int) -> None:

@@ -129,7 +129,7 @@ def launch(charter: Charter) -> subprocess.Popen[bytes]:
         os.close(reader)
         os.close(told)
     with os.fdopen(writer, "wb") as pipe:
-        pipe.write(msgspec.msgpack.encode((charter, sys.path)))
+        pipe.write(msgspec.msgpack.encode((charter, [os.fsencode(entry) for entry in sys.path])))
     with os.fdopen(answer, "rb") as pipe:
         said = pipe.read(len(STARTED))
         if said != STARTED:
@@ -148,8 +148,8 @@ def _explain(process: subprocess.Popen[bytes], said: str) -> None:
 def main(reader: int, told: int) -> None:
     """Be the supervisor, in the fresh interpreter."""
     with os.fdopen(reader, "rb") as pipe:
-        charter, path = msgspec.msgpack.decode(pipe.read(), type=tuple[Charter, list[str]])
-    sys.path[:] = [entry for entry in path if entry] + sys.path
+        charter, path = msgspec.msgpack.decode(pipe.read(), type=tuple[Charter, list[bytes]])
+    sys.path[:] = [os.fsdecode(entry) for entry in path if entry] + sys.path
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the hub's business
     from mphub.procs.supervisor import Supervisor  # the template: what it imports, no child imports again
 
@@ -157,7 +157,7 @@ def main(reader: int, told: int) -> None:
         try:
             supervisor = Supervisor(charter)
         except BaseException as error:
-            pipe.write(f"{type(error).__name__}: {error}".encode())
+            pipe.write(f"{type(error).__name__}: {error}".encode(errors="backslashreplace"))
             raise SystemExit(1) from None
         pipe.write(STARTED)
     supervisor.run()

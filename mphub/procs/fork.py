@@ -94,9 +94,9 @@ def take_surroundings(surroundings: Surroundings) -> None:
     """Begin with the hub's cwd, sys.path and environment, and an empty ``__main__``."""
     with contextlib.suppress(OSError):
         os.chdir(surroundings.cwd)
-    sys.path[:] = surroundings.path
+    sys.path[:] = map(os.fsdecode, surroundings.path)
     os.environ.clear()
-    os.environ.update(surroundings.environment)
+    os.environb.update(surroundings.environment)
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv[:] = [""]
 

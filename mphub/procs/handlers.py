@@ -52,6 +52,7 @@ def check_handler(handler: object) -> None:
             )
         if target.handle is Subscriber.handle:
             raise InvalidOption(f"handler: class {target.__name__} has no handle(self, payload): define it")
+        _check_runs(target.handle)
         return
     if isinstance(handler, str):
         if handler.count(":") != 1 or not all(handler.split(":")):
@@ -62,8 +63,21 @@ def check_handler(handler: object) -> None:
             f"handler: got {type(handler).__name__} {handler!r:.60}; expected a function, a coroutine function, "
             "a Subscriber class or instance, or 'module:attribute'"
         )
-    if not isinstance(handler, Subscriber):
+    if isinstance(handler, Subscriber):
+        _check_runs(handler.handle)
+    else:
+        _check_runs(handler)
         _check_takes_one(handler)
+
+
+def _check_runs(function: Any) -> None:
+    """Refuse what does nothing when it is called."""
+    for call in (function, getattr(function, "__call__", None)):  # noqa: B004 (an object whose __call__ is one)
+        if inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call):
+            raise InvalidOption(
+                f"handler: {getattr(function, '__qualname__', function)!r} is a generator function, of which nothing runs when it is "
+                "called; expected a function: return a list, or publish each item with mphub.publish"
+            )
 
 
 def _check_takes_one(handler: Callable[..., object]) -> None:
@@ -122,6 +136,7 @@ def retry_after(work: Work, error: BaseException, attempt: int) -> tuple[bool, f
 
 
 def _callable(function: Any) -> Runner:
+    _check_runs(function)  # a 'module:attribute' is seen here for the first time
     call = function
     if not inspect.iscoroutinefunction(function) and not inspect.isfunction(function) and not inspect.ismethod(function):
         call = getattr(function, "__call__", function)  # noqa: B004 (an object whose __call__ is a coroutine function)

@@ -7,14 +7,17 @@ import itertools
 import os
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from mphub.connection import settle_reply
 from mphub.core.delivery import Held
+from mphub.core.keys import check_name
 from mphub.core.rows import Row, event_of
-from mphub.errors import HubError, NoSubscriber, PayloadError, Reject, RetryLater
+from mphub.errors import HubError, NoSubscriber, Reject, RetryLater
 from mphub.events import Event, EventId
 from mphub.procs import handlers
 from mphub.procs.exchange import Exchange
@@ -63,22 +66,30 @@ class Inline:
         self.errors: dict[str, tuple[bytes, str]] = {}
         """(exception, traceback) of what could not be set up."""
         self._incarnations = itertools.count(1)
-        self.outputs = Outputs(int.from_bytes(os.urandom(8), "big"), self.exchange.blobs, large=1 << 62)
+        self.outputs = self._no_outputs()
         self.name, self.thread = "", 0
         self._lock = threading.RLock()
-        self._sequence = self._number = 0
+        self._guest = 0
+        """The thread that runs a coroutine, while the one that has the lock waits for it."""
+        self._number = 0
+        """Of the last event, which is the sequence of its batch too."""
         self._replies: dict[int, Reply[object]] = {}
         self._current: tuple[Row, int, int, object] | None = None
         self._raise: BaseException | None = None
         self._busy = False
 
+    def _no_outputs(self) -> Outputs:
+        return Outputs(int.from_bytes(os.urandom(8), "big"), self.exchange.blobs, self.exchange.admitted, large=1 << 62)
+
     # -- life
 
-    def subscribe(self, spec: Spec) -> None:
-        """Load the handler from its pickle, as every engine does, and set it up."""
+    def subscribe(self, specs: Sequence[Spec]) -> None:
+        """Load each handler from its pickle, as every engine does, and set it up once all are routed to."""
         with self.exchange.turn():
-            self.exchange.subscribe(spec)
-        self._begin(spec)
+            for spec in specs:
+                self.exchange.subscribe(spec)
+        for spec in specs:
+            self._begin(spec)
         self.work_off()
 
     def restart(self, name: str) -> None:
@@ -158,36 +169,52 @@ class Inline:
 
     # -- publishing
 
+    def _turn(self) -> AbstractContextManager[object]:
+        """Let one thread after the other publish."""
+        return nullcontext() if threading.get_ident() == self._guest else self._lock
+
     def send(
         self, key: str, data: bytes, extra: Extra | None = None, *, target: str | None = None,
         reply: Reply[object] | None = None, strict: bool = False,
     ) -> EventId:  # fmt: skip
         """Take in one event and, if this is the outermost call, handle it and all that follows."""
-        if len(data) > self.exchange.admitted:
-            raise PayloadError(
-                f"a payload of {len(data)} bytes exceeds what this hub admits ({self.exchange.admitted} bytes): raise max_bytes"
-            )
-        with self._lock:
-            self._number += 1
-            self._sequence += 1
-            number = self._number
-            batch = Batch(
-                self.id, self._sequence, number, [(key, 1)], time.time(), 0, target, reply is not None, strict,
-                size=len(data), extras={0: extra} if extra else None,
-            )  # fmt: skip
-            if reply is not None:
-                reply.id = EventId.make(self.id, number)
-                self._replies[number] = reply
-            with self.exchange.turn():
-                refused = self.exchange.accept(batch, encode(batch), join([data]))
-            if refused is not None:
-                raise NoSubscriber(refused[1])
+        codec.check_size(data, self.exchange.admitted)
+        with self._turn():
+            number = self._take_in(key, data, extra, target, reply, strict)
             self.work_off()
             return EventId.make(self.id, number)
 
+    def send_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
+        """Take in several events, all or none, before any is handled."""
+        for _, data, _ in events:
+            codec.check_size(data, self.exchange.admitted)
+        with self._turn():
+            for key, data, extra in events:
+                self._take_in(key, data, extra)
+            self.work_off()
+
+    def _take_in(
+        self, key: str, data: bytes, extra: Extra | None, target: str | None = None, reply: Reply[object] | None = None,
+        strict: bool = False,
+    ) -> int:  # fmt: skip
+        """Take in one event as a batch of its own; return its number."""
+        self._number = number = self._number + 1
+        batch = Batch(
+            self.id, number, number, [(key, 1)], time.time(), 0, target, reply is not None, strict,
+            size=len(data), extras={0: extra} if extra else None,
+        )  # fmt: skip
+        if reply is not None:
+            reply.id = EventId.make(self.id, number)
+            self._replies[number] = reply
+        with self.exchange.turn():
+            refused = self.exchange.accept(batch, encode(batch), join([data]))
+        if refused is not None:
+            raise NoSubscriber(refused[1])
+        return number
+
     def work_off(self) -> None:
         """Handle what waits, in the order published, until nothing moves; retry delays are slept here."""
-        with self._lock:
+        with self._turn():
             if self._busy:
                 return  # a handler published: its event waits its turn
             self._busy = True
@@ -273,8 +300,12 @@ class Inline:
             return runner.call(payload)
 
         def call() -> object:
-            self.thread = threading.get_ident()
-            return runner.call(payload)
+            before, self._guest = self._guest, threading.get_ident()
+            self.thread = self._guest
+            try:
+                return runner.call(payload)
+            finally:
+                self._guest = before
 
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(call).result()
@@ -305,6 +336,8 @@ class Inline:
         return EventId.make(self.outputs.incarnation, self.outputs.publish(key, data, extra))
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
+        if target is not None:
+            check_name(target, "to")
         reply: Reply[object] = Reply()
         self.send(key, codec.encode(payload), target=target, reply=reply)
         if self._busy:
@@ -314,7 +347,7 @@ class Inline:
     def _work_for(self, reply: Reply[object]) -> None:
         """Handle what waits until a handler's own request is answered: it is going to wait for that."""
         before = self.name, self.thread, self._current, self.outputs
-        self.outputs = Outputs(int.from_bytes(os.urandom(8), "big"), self.exchange.blobs, large=1 << 62)
+        self.outputs = self._no_outputs()
         try:
             while not reply.done() and self._step():
                 self._answer()

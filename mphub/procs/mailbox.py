@@ -66,7 +66,7 @@ class Mailbox:
 
     def bury(self) -> None:
         """Keep the books of one that is unsubscribed, and nothing else."""
-        nowhere = Surroundings("", [], {})
+        nowhere = Surroundings(b"", [], {})
         self.spec = msgspec.structs.replace(self.spec, patterns=[], handler=b"", handler_blob=None, surroundings=nowhere)
         self.status = "STOPPED"
 

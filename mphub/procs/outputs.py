@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 
 from mphub.store.blobs import Blobs
+from mphub.wire.codec import check_size
 from mphub.wire.frames import BLOB_MIN, MAX_EVENTS, Batch, Extra, Output, join
 
 
 class Outputs:
     """Collects per event (``fresh``), then per report (``kept``): a failing event takes only its own back."""
 
-    def __init__(self, incarnation: int, blobs: Blobs, large: int = BLOB_MIN) -> None:
-        self.incarnation, self.blobs, self.large = incarnation, blobs, large
+    def __init__(self, incarnation: int, blobs: Blobs, largest: int, large: int = BLOB_MIN) -> None:
+        self.incarnation, self.blobs, self.largest, self.large = incarnation, blobs, largest, large
         self.fresh: list[tuple[str, bytes, Extra | None]] = []
         self.kept: list[Output] = []
         self.size = 0
@@ -24,7 +25,11 @@ class Outputs:
         self._epoch = 0
 
     def publish(self, key: str, data: bytes, extra: Extra | None) -> int:
-        """Note an output of the running event; return its running number in this incarnation."""
+        """Note an output of the running event; return its running number in this incarnation.
+
+        Raises PayloadError.
+        """
+        check_size(data, self.largest)
         self.fresh.append((key, data, extra))
         return self._number + len(self._events) + len(self.fresh)
 

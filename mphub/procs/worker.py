@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import signal
 import threading
 import time
@@ -60,7 +61,7 @@ class Worker:
         self.thread = threading.get_ident()
         self.board = Board(board)
         self.blobs = Blobs(f"{address.folder}/blobs", incarnation)
-        self.outputs = Outputs(incarnation, self.blobs)
+        self.outputs = Outputs(incarnation, self.blobs, address.largest)
         self.line: Line | None = None
         self.unconfirmed: deque[tuple[int, int, bytes]] = deque()
         """(frame, upto, bytes)."""
@@ -88,6 +89,7 @@ class Worker:
         """Set up, handle events until asked to stop, tear down."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _raise_stopped)
+        os.register_at_fork(after_in_child=_end_as_usual)
         welcome = self._enter()
         holder.context = self
         self._set_up(welcome)
@@ -399,6 +401,12 @@ def slots_of(number: int, offsets: Sequence[int]) -> Sequence[int]:
 
 def _raise_stopped(*_: object) -> None:
     raise Stopped
+
+
+def _end_as_usual() -> None:
+    """Give a process that a handler forks the usual SIGTERM back, unless the handler has set its own."""
+    if signal.getsignal(signal.SIGTERM) is _raise_stopped:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def run_worker(address: Address, spec: Spec, incarnation: int, board: Path, crash: Path) -> int:

@@ -32,6 +32,15 @@ def encode(payload: object, what: str = "payload") -> bytes:
     return data
 
 
+def check_size(data: bytes, largest: int) -> None:
+    """Refuse a pickle that no journal of the hub could take.
+
+    Raises PayloadError.
+    """
+    if len(data) > largest:
+        raise PayloadError(f"a payload of {len(data)} bytes exceeds what this hub admits ({largest} bytes): raise max_bytes")
+
+
 def encode_by_value(payload: object, what: str) -> bytes:
     """Pickle with cloudpickle: lambdas, closures and what ``__main__`` defines."""
     try:

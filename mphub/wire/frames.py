@@ -84,16 +84,24 @@ def extra_of(ordering_key: str | None, headers: dict[str, str] | None) -> Extra 
 
     Raises InvalidOption.
     """
-    if ordering_key is not None and not isinstance(ordering_key, str):
-        raise InvalidOption(f"ordering_key: got {ordering_key!r:.80}; expected a str")
-    if headers is not None and not (isinstance(headers, dict) and all(isinstance(x, str) for pair in headers.items() for x in pair)):
-        raise InvalidOption(f"headers: got {headers!r:.80}; expected a dict of str to str")
+    if ordering_key is not None and not is_text(ordering_key):
+        raise InvalidOption(f"ordering_key: got {ordering_key!r:.80}; expected a str that utf-8 can encode")
+    if headers is not None and not (isinstance(headers, dict) and all(is_text(x) for pair in headers.items() for x in pair)):
+        raise InvalidOption(f"headers: got {headers!r:.80}; expected a dict of str to str, of what utf-8 can encode")
     if ordering_key is None and not headers:
         return None
     extra = Extra(ordering_key, headers)
     if extra.size > MAX_EXTRA:
         raise InvalidOption(f"headers and ordering_key: got {extra.size} bytes; expected at most {MAX_EXTRA}: put it into the payload")
     return extra
+
+
+def is_text(value: object) -> bool:
+    """Say whether it is a str that utf-8 can encode: one with a lone surrogate, of a file's name say, cannot be sent."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 class Batch(Wire, frozen=True):

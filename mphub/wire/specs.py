@@ -8,11 +8,11 @@ from mphub.options import Inbox, Limits, Restart, Snapshot
 
 
 class Surroundings(msgspec.Struct, frozen=True):
-    """What every incarnation begins with: that of the hub's process at ``subscribe``."""
+    """What every incarnation begins with: that of the hub's process at ``subscribe``; as bytes, as it need not be utf-8."""
 
-    cwd: str
-    path: list[str]
-    environment: dict[str, str]
+    cwd: bytes
+    path: list[bytes]
+    environment: dict[bytes, bytes]
 
 
 class Spec(msgspec.Struct, frozen=True):

@@ -31,6 +31,7 @@ def test_dot_separated_tokens_are_a_key_and_match_themselves(key: str) -> None:
         ("a b", "whitespace"),
         ("a\nb", "whitespace"),
         ("a\x00", "control"),
+        ("a.\ud800", "lone surrogate"),
         ("a.*", "wildcards belong in subscribe"),
         (">", "wildcards belong in subscribe"),
     ],

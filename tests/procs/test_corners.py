@@ -9,13 +9,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import mphub
-from mphub import EventHub, Restart, Stop, Subscriber
+from mphub import EventHub, Restart, Stop, Subscriber, connection
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
@@ -58,6 +59,51 @@ def test_confirm_raises_no_subscriber() -> None:
         assert hub.statistics().unmatched == 0
 
 
+def test_a_refusal_is_told_to_the_thread_whose_event_it_is() -> None:
+    hub = EventHub(unmatched="ignore")
+    hub.subscribe("k", lambda n: n, name="k")
+
+    def refused(key: str) -> int:
+        count = 0
+        for n in range(200):
+            try:
+                hub.publish(key, n, confirm=True)
+            except mphub.NoSubscriber:
+                count += 1
+        return count
+
+    with hub, ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(refused, ["k", "nobody", "k", "nobody"])) == [0, 200, 0, 200]
+
+
+def test_a_signal_handler_publishes_or_raises() -> None:
+    done = script("""
+        import contextlib, signal, mphub
+        def tick(*_):
+            with contextlib.suppress(mphub.HubError): hub.publish("k", "tick")
+        hub = mphub.EventHub()
+        hub.subscribe("k", repr, name="k")
+        with hub:
+            signal.signal(signal.SIGALRM, tick)
+            signal.setitimer(signal.ITIMER_REAL, .0005, .0005)
+            for n in range(100_000): hub.publish("k", n)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        print("done")
+    """)
+    assert done.stdout == "done\n", done.stderr[-800:]
+
+
+def test_what_interrupts_a_publish_cannot_publish_but_stop() -> None:
+    hub = EventHub()
+    hub.subscribe("k", lambda n: n, name="k")
+    hub.start()
+    with connection.connection_to(hub._address)._lock:
+        for call in (hub.publish, hub.request, hub.publisher().publish):
+            with pytest.raises(mphub.HubError, match="interrupts a publish"):
+                call("k", 1)
+        hub.stop(drain=False)
+
+
 def test_setup_publishes_at_once(tmp_path: Path) -> None:
     class Early(Subscriber[int, None]):
         def setup(self) -> None:
@@ -95,13 +141,18 @@ def test_teardown_publishes(tmp_path: Path) -> None:
         "hub.publish('k', 1, ordering_key=5)",
         "hub.publisher().publish('k', 1, ordering_key=5)",
         "hub.transaction().publish('k', 1, ordering_key=5)",
+        "hub.publish('k', 1, ordering_key='\\udcff')",
+        "hub.publish('k', 1, headers={'a': '\\udcff'})",
+        "hub.publisher().publish('k\\udcff', 1)",
+        "hub.publisher().request('k', 1, to='\\udcff')",
+        "hub.publisher().request('k', 1, to=5)",
     ],
 )
-def test_an_ordering_key_of_a_wrong_type_is_refused(call: str) -> None:
+def test_what_cannot_be_sent_is_refused_and_harms_nothing(call: str) -> None:
     done = script(f"""
         import mphub
         hub = mphub.EventHub(check=False, stop=mphub.Stop(ask=.2, term=.2))
-        hub.subscribe("k", print, name="k")
+        hub.subscribe("k", repr, name="k")
         hub.start()
         try:
             {call}
@@ -109,6 +160,7 @@ def test_an_ordering_key_of_a_wrong_type_is_refused(call: str) -> None:
             print("accepted")
         except (mphub.UsageError) as e:
             print("refused")
+        hub.publish("k", 1, confirm=True)
         hub.stop(drain=False)
     """)
     assert done.stdout == "refused\n", done.stdout + done.stderr[:1000]
@@ -173,17 +225,19 @@ def test_publish_raises_at_once_for_what_is_too_large() -> None:
         hub.stop(drain=False)
 
 
-def test_a_teardown_that_fails_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+@ENGINES
+def test_a_teardown_that_fails_is_seen(engine: str, caplog: pytest.LogCaptureFixture) -> None:
     class Late(Subscriber[int, None]):
         def handle(self, payload: int) -> None: ...
 
         def teardown(self) -> None:
             raise LookupError("no end")
 
-    hub = EventHub()
+    hub = EventHub(engine=engine)
     hub.subscribe("k", Late)
     with hub:
         hub.publish("k", 1)
+    assert "Late: teardown failed:\nTraceback" in caplog.text
     assert "no end" in caplog.text
 
 
@@ -227,6 +281,21 @@ def test_run_in_a_forked_child_is_refused() -> None:
         p.kill()
         p.join()
     assert code == 5
+
+
+def test_a_fork_while_another_thread_connects_leaves_no_lock_held() -> None:
+    def child() -> None:
+        with pytest.raises(mphub.HubClosed):
+            EventHub().publisher().publish("k", 1)
+
+    p = multiprocessing.get_context("fork").Process(target=child)
+    with connection._shared_lock:
+        p.start()
+    p.join(5)
+    code = p.exitcode
+    p.kill()
+    p.join()
+    assert code == 0
 
 
 def test_a_handle_of_another_hub_in_a_handler_publishes_there(tmp_path: Path) -> None:
@@ -487,3 +556,45 @@ def test_inline_drain_has_a_timeout() -> None:
     with hub:
         hub.publish("k", 1)
     assert time.monotonic() - began >= 3  # by contract: delays are slept
+
+
+@ENGINES
+def test_setup_publishes_to_those_subscribed_later(engine: str) -> None:
+    class Early(Subscriber[int, None]):
+        def setup(self) -> None:
+            mphub.publish("out", 1)
+
+        def handle(self, payload: int) -> None: ...
+
+    hub = EventHub(engine=engine)
+    hub.subscribe("k", Early)
+    for i in range(8):
+        hub.subscribe(f"other.{i}", lambda n: n, name=f"o{i}")
+    last = hub.subscribe("out", lambda n: n, name="out")
+    with hub:
+        assert eventually(lambda: hub.statistics().accepted == 1, 5)
+        assert hub.statistics().unmatched == 0
+        hub.drain()
+        assert last.statistics().handled == 1
+
+
+@ENGINES
+@pytest.mark.parametrize("way", ["publish", "to"])
+def test_an_output_too_large_fails_its_event(engine: str, way: str) -> None:
+    def grow(n: int) -> bytes | None:
+        data = bytes(n)
+        if way == "to":
+            return data
+        mphub.publish("z", data)
+        return None
+
+    hub = EventHub(engine=engine, max_bytes="4MB", check=False, propagate=False)
+    hub.subscribe("k", grow, to="z" if way == "to" else None)
+    hub.subscribe("z", len)
+    hub.start()
+    try:
+        hub.publish("k", 10 << 20)
+        hub.drain(5)
+        assert [type(x.error) for x in hub.dead_letters()] == [mphub.PayloadError]
+    finally:
+        hub.stop(drain=False)

@@ -224,6 +224,18 @@ def test_a_path_that_leads_nowhere_fails_the_start(path: str) -> None:
     assert "stopped" in repr(hub)
 
 
+def yields(n: int) -> Any:
+    yield n
+
+
+def test_a_path_that_leads_to_a_generator_function_fails_the_start() -> None:
+    hub = EventHub()
+    hub.subscribe("k", "tests.procs.test_section2:yields", restart=Restart(max_restarts=0))
+    with pytest.raises(mphub.StartFailed) as caught:
+        hub.start()
+    assert isinstance(caught.value.__cause__, mphub.InvalidOption)
+
+
 def test_a_start_in_time_or_not_at_all() -> None:
     class Slow(Subscriber[int, None]):
         def setup(self) -> None:
@@ -472,6 +484,29 @@ def test_a_handlers_own_children_publish_like_anybody(tmp_path: Path) -> None:
     assert lines(log) == ["7"]
 
 
+def end_a_child(_: object) -> int | None:
+    reader, writer = multiprocessing.Pipe()
+
+    def child() -> None:
+        writer.send("up")
+        time.sleep(30)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    reader.recv()
+    process.terminate()
+    process.join(5)
+    return process.exitcode
+
+
+def test_a_handlers_own_children_end_by_sigterm_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    hub = EventHub()
+    ask = hub.subscribe("k", end_a_child)
+    with hub:
+        assert ask.request(0).result(10) == -signal.SIGTERM
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_threads_of_a_handler_publish_at_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     hub = EventHub(check=False)
@@ -714,6 +749,18 @@ def test_a_handler_begins_with_the_surroundings_of_its_subscription(tmp_path: Pa
     then = str(tmp_path / "then")
     with hub:
         assert ask.request(0).result(10) == (then, "then", then, "", True)
+
+
+def test_surroundings_need_not_be_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(there)
+    monkeypatch.chdir(os.fsdecode(there))
+    monkeypatch.setenv("MPHUB_TEST_THEN", os.fsdecode(there))
+    monkeypatch.syspath_prepend(os.fsdecode(there))
+    hub = EventHub()
+    ask = hub.subscribe("k", lambda _: (os.getcwdb(), os.environb[b"MPHUB_TEST_THEN"], os.fsencode(sys.path[0])))
+    with hub:
+        assert ask.request(0).result(10) == (there, there, there)
 
 
 def test_handlers_cannot_run_the_hub_they_are_in() -> None:

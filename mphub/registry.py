@@ -1,0 +1,68 @@
+"""Who is subscribed to a hub: by name, by handler, by key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mphub.core.keys import matches, nearest
+from mphub.errors import AmbiguousKey, NameTaken, NoSubscriber
+from mphub.procs import handlers
+from mphub.subscribing import Handler
+from mphub.subscription import Subscription
+
+
+class Registry(dict[str, Subscription[Any, Any]]):
+    """A hub's subscriptions by name, in the order made."""
+
+    def free_name(self, handler: Handler, name: str | None) -> str:
+        """Return the name asked for, or one after the handler; the same handler once more gets a number.
+
+        Raises InvalidOption, NameTaken.
+        """
+        if name is not None:
+            if name in self:
+                raise NameTaken(f"name: {name!r} is subscribed already: choose another, or unsubscribe that one first")
+            return name
+        handlers.check_handler(handler)
+        base = handlers.default_name(handler)
+        taken = self.get(base)
+        if taken is None:
+            return base
+        nameless = isinstance(handler, str) or getattr(handler, "__name__", "<lambda>") == "<lambda>"
+        if taken._handler is not handler and not nameless:
+            raise NameTaken(f"name: another handler is subscribed as {base!r}: pass name= to tell them apart")
+        number = 2
+        while f"{base}-{number}" in self:
+            number += 1
+        return f"{base}-{number}"
+
+    def find(self, name_or_handler: object) -> Subscription[Any, Any]:
+        """Return a subscription by name or handler.
+
+        Raises NoSubscriber with the nearest name.
+        """
+        for subscription in self.values():
+            if name_or_handler in (subscription.name, subscription._handler) or name_or_handler is subscription._handler:
+                return subscription
+        near = nearest(str(name_or_handler), self)
+        hint = f"did you mean {near!r}?" if near else f"there are: {', '.join(self) or 'none'}"
+        raise NoSubscriber(f"no subscription {name_or_handler!r}; {hint}")
+
+    def matching(self, key: str) -> list[Subscription[Any, Any]]:
+        """Return those whose patterns match a key."""
+        return [s for s in self.values() if any(matches(pattern, key) for pattern in s.keys)]
+
+    def answerer(self, key: str, to: str | None) -> str:
+        """Return the name of the one that answers requests of a key.
+
+        Raises NoSubscriber, AmbiguousKey.
+        """
+        if to is not None:
+            return self.find(to).name
+        answering = [s.name for s in self.matching(key) if s._spec.answers]
+        if len(answering) == 1:
+            return answering[0]
+        if answering:
+            raise AmbiguousKey(f"{key!r} has several subscribers that answer: {', '.join(answering)}; choose one with to=")
+        near = nearest(key, [pattern for s in self.values() for pattern in s.keys])
+        raise NoSubscriber(f"no subscriber answers {key!r}" + (f" (nearest pattern: {near!r})" if near else ""))
