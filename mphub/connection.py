@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from mphub import failpoints
 from mphub.core.keys import check_key, matches
 from mphub.errors import DrainTimeout, HubClosed, MphubError, NoSubscriber, PayloadError
 from mphub.events import EventId, Topic, str_of
@@ -277,6 +278,7 @@ class Connection:
         self._sequence = sequence
         self._clear_batch()  # and nothing before the next line, so that an interrupt finds the batch in one place
         self._unconfirmed.append((sequence, data))
+        failpoints.hit("publisher.batched")
         self._write(data)
         return sequence
 
@@ -299,8 +301,10 @@ class Connection:
         """Send a whole frame; without a line it goes out after the next connect."""
         if self._line is None:
             return
+        failpoints.hit("publisher.half_sent", self._line.sock.send, data)
         try:
             self._line.sock.sendall(data)
+            failpoints.hit("publisher.sent")
         except OSError:
             shut(self._line.sock)
         except BaseException:  # an interrupt in the middle of a frame: the reader connects anew and sends it whole
@@ -395,6 +399,7 @@ class Connection:
         line = Line.connect(self.address.data)
         me = psutil.Process()
         line.send(frames.HELLO_PUBLISHER, encode(HelloPublisher(self.address.token, self.id, me.pid, me.create_time())))
+        failpoints.hit("publisher.met")
         return line
 
     def _run(self) -> None:
@@ -427,6 +432,7 @@ class Connection:
             self.end(HubClosed(f"hub {self.address.name!r} was stopped"))
 
     def _confirmed(self, confirm: Confirm) -> None:
+        failpoints.hit("publisher.confirming")
         with self._lock:
             for sequence, kind, message in confirm.refused:
                 self._refused[sequence] = refusal(kind, message)

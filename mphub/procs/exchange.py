@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from mphub import failpoints
 from mphub.core.delivery import Portion, Range, Spans, Verdict, indexes, length, parts_within, spans_of
 from mphub.core.keys import nearest
 from mphub.core.rows import Row
@@ -84,6 +85,7 @@ class Exchange:
         with self.journal.turn():
             yield
             self._write_dirty()
+        failpoints.hit("router.sweeping")
         self.references.sweep()
 
     def _write_dirty(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from mphub import failpoints
 from mphub.wire.specs import Surroundings
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -36,6 +37,7 @@ def fork(run: Callable[[], int], record: Path, keep: Collection[int] = (), out: 
     sys.stderr.flush()
     pid = os.fork()
     if pid:
+        failpoints.hit("supervisor.forked")
         return pid
     code = 70
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from mphub import failpoints
 from mphub.connection import is_alive
 from mphub.core.delivery import Held
 from mphub.errors import JournalError
@@ -72,6 +73,7 @@ class Router:
         self.selector = selectors.DefaultSelector()
         self.link = Stream(link)
         self.selector.register(link, selectors.EVENT_READ, self.link)
+        failpoints.hit("router.recovered")
         listener.setblocking(False)
         self.selector.register(listener, selectors.EVENT_READ, None)
         self.publishers: dict[int, PublisherPeer] = {}
@@ -93,6 +95,7 @@ class Router:
         """Read, commit, then send what the commit allows."""
         ready.sort(key=lambda stream: stream is not self.link)  # who lives and who died comes first
         arrived = [(stream, frame) for stream in ready if stream is not None for frame in self._read(stream)]
+        failpoints.hit("router.read")
         if None in ready:
             self._accept()
         now = time.time()
@@ -102,12 +105,18 @@ class Router:
                 for stream, frame in arrived:
                     self._handle_safely(stream, frame)
                 self.exchange.wake(now)
+                failpoints.hit("router.committing")
+            failpoints.hit("router.committed")
         for seat in self.seats.values():
             self._pump(seat)
+        failpoints.hit("router.delivered")
         self._send_replies()
+        failpoints.hit("router.replied")
         self._confirm()
         self._update_holds()
+        failpoints.hit("router.confirmed")
         self._answer()
+        failpoints.hit("router.answered")
         self._flush()
 
     def _timeout(self) -> float | None:
@@ -315,7 +324,10 @@ class Router:
             None if whole else [i - held.index for a, b in held.spans for i in range(a, b)], attempts,
         )  # fmt: skip
         seat.unconfirmed = 0
-        stream.send(frames.DELIVER, encode(header), body_of(held))
+        failpoints.hit("router.handed_out")
+        stream.put(frames.DELIVER, encode(header), body_of(held))
+        failpoints.hit("router.half_delivered", stream.sock.send, stream.out)
+        stream.flush()
 
     # -- the supervisor
 
@@ -382,6 +394,7 @@ class Router:
         if seat is None:
             return
         self._read_last(seat)
+        failpoints.hit("router.settling")
         board = seat.board
         blamed = board.number_at(slot) if charge == "slot" and slot is not None else None
 

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+from mphub import failpoints
 from mphub.wire.frames import BLOB_MIN
 
 
@@ -25,10 +26,12 @@ class Blobs:
         path = self.folder / name
         try:
             with open(path, "xb") as file:
+                failpoints.hit("blobs.half_written", file.raw.write, data)
                 file.write(data)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+        failpoints.hit("blobs.written")
         return name
 
     def spill(self, data: bytes) -> tuple[bytes, str | None]:
