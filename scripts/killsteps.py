@@ -323,7 +323,8 @@ def main() -> int:
     if options.program:
         faulthandler.dump_traceback_later(WITHIN, exit=True)
         wrong = run_program(Path(options.program))
-        print(*wrong, sep="\n", flush=True)
+        for each in wrong:
+            print(each, flush=True)
         return int(bool(wrong))
     passes = range(1, options.passes * options.stride + 1, options.stride)
     with ThreadPoolExecutor(options.jobs) as pool:
