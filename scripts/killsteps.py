@@ -3,6 +3,7 @@
     python scripts/killsteps.py                                         each step, the first three times it is passed
     python scripts/killsteps.py --steps router. --passes 40             the router's, up to the 40th time or until nobody gets that far
     python scripts/killsteps.py --points router.committed:3,worker.read:2 --times 20       these two deaths in one run, twenty runs
+    python scripts/killsteps.py --pairs 200 --seed 7                    two or three at random, two hundred runs
 
 Each run is a small program in an interpreter of its own: a publisher (its process is forked; one that dies is followed by another)
 publishes numbered events under ``in``, ``pass`` hands each on to ``out``, where ``log`` writes it down and ``count`` counts it into a
@@ -17,6 +18,7 @@ import contextlib
 import faulthandler
 import itertools
 import os
+import random
 import re
 import subprocess
 import sys
@@ -295,12 +297,24 @@ def run_step(step: str, passes: Sequence[int], times: int) -> list[Outcome]:
     """Let a step kill at one pass after the other, until nobody gets that far."""
     found: list[Outcome] = []
     for number in passes:
-        found += [run(f"{step}:{number}") for _ in range(times)]
-        for outcome in found[-times:]:
-            tell(outcome)
+        found += [run_and_tell(f"{step}:{number}") for _ in range(times)]
         if not any(outcome.reached for outcome in found[-times:]):
             break
     return found
+
+
+def drawn(dice: random.Random, count: int) -> Iterator[str]:
+    """Draw deaths that fall into one run; those that come early are more likely."""
+    names = steps()
+    for _ in range(count):
+        chosen = dice.sample(names, dice.choice((2, 2, 3)))
+        yield ",".join(f"{name}:{int(dice.paretovariate(0.5))}" for name in chosen)
+
+
+def run_and_tell(points: str) -> Outcome:
+    outcome = run(points)
+    tell(outcome)
+    return outcome
 
 
 def tell(outcome: Outcome) -> None:
@@ -317,6 +331,8 @@ def main() -> int:
     parser.add_argument("--stride", type=int, default=1, help="try each so-many-th pass; default: 1")
     parser.add_argument("--times", type=int, default=1, help="how often each is tried; default: 1")
     parser.add_argument("--points", default="", help="instead: these deaths, in one run")
+    parser.add_argument("--pairs", type=int, default=0, help="instead: so many runs with two or three deaths drawn at random")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="for --pairs; default: another one each time")
     parser.add_argument("--jobs", type=int, default=2, help="programs that run at a time; default: 2")
     parser.add_argument("--program", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -329,9 +345,10 @@ def main() -> int:
     passes = range(1, options.passes * options.stride + 1, options.stride)
     with ThreadPoolExecutor(options.jobs) as pool:
         if options.points:
-            found = list(pool.map(run, [options.points] * options.times))
-            for outcome in found:
-                tell(outcome)
+            found = list(pool.map(run_and_tell, [options.points] * options.times))
+        elif options.pairs:
+            print("seed", options.seed, flush=True)
+            found = list(pool.map(run_and_tell, drawn(random.Random(options.seed), options.pairs)))
         else:
             chosen = [step for step in steps() if step.startswith(options.steps)]
             found = [outcome for each in pool.map(lambda step: run_step(step, passes, options.times), chosen) for outcome in each]
