@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mphub.connection import Address
-from mphub.errors import HubClosed, HubFailed
+from mphub.errors import HubClosed, HubFailed, StartFailed
 from mphub.procs import boot, fork
 from mphub.wire import frames
 from mphub.wire.frames import Answer, Call, Push, decoder, encode
@@ -54,9 +54,21 @@ class Client:
 
     def _launch(self) -> tuple[subprocess.Popen[bytes], Line]:
         process = boot.launch(self._charter)
-        line = Line.connect(self.address.control)
-        line.send(frames.HELLO_CONTROL, self.address.token)
+        try:
+            line = Line.connect(self.address.control)
+            line.send(frames.HELLO_CONTROL, self.address.token)
+        except OSError as error:  # it died right after it had said that it lives
+            process.kill()
+            raise StartFailed(f"the hub's supervisor ended as soon as it had started (exit {process.wait()})") from error
         return process, line
+
+    def _relaunch(self) -> tuple[subprocess.Popen[bytes], Line]:
+        """Start a successor; one that dies at its start is followed by the next."""
+        for _ in range(DEATHS - 1):
+            with contextlib.suppress(StartFailed):
+                return self._launch()
+            boot.kill_recorded(self.folder)
+        return self._launch()
 
     def call(self, op: str, timeout: float | None = None, **args: object) -> Any:
         """Call the supervisor (or through it the router) and return the answer.
@@ -152,7 +164,7 @@ class Client:
         message = f"the supervisor (pid {self.process.pid}) ended with {word}; its successor takes over, the subscribers start anew"
         self._hear("notice", {"kind": "death", "subscriber": None, "message": message, "details": {}})
         try:
-            process, line = self._launch()
+            process, line = self._relaunch()
         except Exception as error:
             self._end(HubFailed(f"the supervisor ended with {word}, and no successor could be started: {error}"))
             return False
