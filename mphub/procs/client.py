@@ -173,7 +173,15 @@ class Client:
             for _, call in self._waiting.values():
                 with contextlib.suppress(OSError):
                     line.send(frames.CALL, encode(call))
+        with contextlib.suppress(HubClosed, HubFailed):
+            self.ask("states").add_done_callback(self._learn)
         return True
+
+    def _learn(self, answer: Future[dict[str, dict[str, Any]]]) -> None:
+        """Take in what a new supervisor may have pushed before it knew this client."""
+        if answer.exception() is None:
+            for name, found in answer.result().items():
+                self._heard("state", {"name": name, **found})
 
     def _bury(self) -> int:
         """Reap a supervisor and end what it leaves: its children die with it, what they had started does not. Return its wait status."""

@@ -19,6 +19,7 @@ import pytest
 
 import mphub
 from mphub import EventHub, Inbox, Restart, Retry, Snapshot, Subscriber, Subscription
+from mphub.procs import boot
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
@@ -346,6 +347,29 @@ def test_a_fatal_one_stays_fatal_under_the_next_supervisor() -> None:
             hub.drain(20)
         assert broken.statistics().pids == ()
         hub.stop(drain=False)
+
+
+def test_a_start_ends_though_the_next_supervisor_was_ready_before_anybody_listened(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = boot.launch
+
+    def launch_late(charter: boot.Charter) -> subprocess.Popen[bytes]:
+        process = launch(charter)
+        time.sleep(0.5)
+        return process
+
+    class Slow(Subscriber[int, None]):
+        def setup(self) -> None:
+            time.sleep(0.2)
+
+        def handle(self, payload: int) -> None: ...
+
+    hub = EventHub()
+    slow = hub.subscribe("k", Slow)
+    hub.start(wait=False)
+    monkeypatch.setattr(boot, "launch", launch_late)
+    os.kill(hub.statistics().pids["supervisor"], signal.SIGKILL)
+    slow.wait_ready(10)
+    hub.stop()
 
 
 @pytest.mark.parametrize("victim", ["hub", "supervisor"])
