@@ -79,6 +79,8 @@ class Router:
         self.publishers: dict[int, PublisherPeer] = {}
         self.seats: dict[int, Seat] = {}
         self.strangers: dict[Stream, float] = {}
+        self.arrived: dict[Stream, list[Frame]] = {}
+        """What this turn has read and not handled yet."""
         self.drains: list[tuple[int, int]] = []
         self.answers: list[Answer] = []
         self.held: list[str] = []
@@ -94,16 +96,16 @@ class Router:
     def turn(self, ready: list[Stream | None]) -> None:
         """Read, commit, then send what the commit allows."""
         ready.sort(key=lambda stream: stream is not self.link)  # who lives and who died comes first
-        arrived = [(stream, frame) for stream in ready if stream is not None for frame in self._read(stream)]
+        self.arrived = {stream: found for stream in ready if stream is not None and (found := self._read(stream))}
         failpoints.hit("router.read")
         if None in ready:
             self._accept()
         now = time.time()
         due = self.exchange.next_due()
-        if arrived or (due is not None and due <= now):
+        if self.arrived or (due is not None and due <= now):
             with self.exchange.turn():
-                for stream, frame in arrived:
-                    self._handle_safely(stream, frame)
+                for stream in list(self.arrived):
+                    self._handle_arrived(stream)
                 self.exchange.wake(now)
                 failpoints.hit("router.committing")
             failpoints.hit("router.committed")
@@ -170,6 +172,10 @@ class Router:
                 with self.exchange.turn():
                     self.exchange.forget_publisher(peer.hello.publisher)
         stream.close()
+
+    def _handle_arrived(self, stream: Stream) -> None:
+        for frame in self.arrived.pop(stream, ()):
+            self._handle_safely(stream, frame)
 
     def _handle_safely(self, stream: Stream, frame: Frame) -> None:
         """A malformed frame ends its own connection only."""
@@ -415,9 +421,10 @@ class Router:
         stream = seat.stream
         if stream is None:
             return
+        self._handle_arrived(stream)  # in their order: a later report acks what an earlier one brings
         while found := self._read(stream):
-            for frame in found:
-                self._handle_safely(stream, frame)
+            self.arrived[stream] = found
+            self._handle_arrived(stream)
         if seat.stream is stream:  # a grandchild keeps it open
             stream.peer = None
             self._drop(stream)

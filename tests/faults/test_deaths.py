@@ -258,6 +258,40 @@ def test_outputs_too_large_for_a_frame_are_neither_lost_nor_doubled_when_the_rou
     assert lines(log) == [f"{n} {i}" for n in range(20) for i in range(40)]
 
 
+def test_reports_of_a_dead_process_are_taken_in_their_order(tmp_path: Path) -> None:
+    log, go = tmp_path / "log", tmp_path / "go"
+    hub = EventHub()
+
+    def make(n: int) -> tuple[int, bytes]:
+        if n == 1000:
+            hub.publish("begun", n, now=True)
+            while not go.exists():
+                time.sleep(0.001)
+        return n, bytes(30_000)
+
+    begun = tmp_path / "begun"
+    hub.subscribe("k", make, name="make", to="made")
+    hub.subscribe("made", lambda made: note(log, made[0]), name="log")
+    hub.subscribe("begun", lambda n: begun.touch(), name="begun")
+    with hub:
+        hub.publish_batch("k", range(200))
+        hub.drain(20)
+        hub.publish_batch("k", range(1000, 1060))
+        assert eventually(begun.exists, 5)
+        hub.flush()
+        time.sleep(0.1)
+        router = hub.statistics().pids["router"]
+        worker = hub.statistics().subscribers["make"].pids[0]
+        os.kill(router, signal.SIGSTOP)
+        go.touch()
+        time.sleep(0.5)
+        os.kill(worker, signal.SIGKILL)
+        time.sleep(0.3)
+        os.kill(router, signal.SIGCONT)
+        hub.drain(20)
+    assert [int(row) for row in lines(log)] == [*range(200), *range(1000, 1060)]
+
+
 def test_random_kills_of_subscribers_and_router_lose_nothing(tmp_path: Path) -> None:
     log, count = tmp_path / "log", 6000
     seed = random.randrange(1 << 32)
