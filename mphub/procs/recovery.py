@@ -26,7 +26,9 @@ def recover(exchange: Exchange) -> None:
     if found is not None:
         exchange.next_row, exchange.epoch, exchange.accepted, exchange.unmatched = msgspec.msgpack.decode(found)
     for key, value in exchange.journal.scan("publishers"):
-        exchange.sequences[int.from_bytes(key, "big")] = msgspec.msgpack.decode(value)
+        publisher = int.from_bytes(key, "big")
+        exchange.sequences[publisher], *home = msgspec.msgpack.decode(value)
+        exchange.homes[publisher] = (home[0], home[1])
     for key, value in exchange.journal.scan("frames"):
         exchange.frames[int.from_bytes(key, "big")] = msgspec.msgpack.decode(value)
     for key, value in exchange.journal.scan("subscribers", b"d", b"e"):

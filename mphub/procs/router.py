@@ -58,6 +58,8 @@ LONGEST_WAIT = 3600.0
 """Seconds; a selector refuses to wait for more than some weeks."""
 HELLO_WITHIN = 5.0
 """Seconds after which a connection that has not said who it is is closed."""
+CENSUS = 1.0
+"""Seconds between two looks whether publishers that are not connected live."""
 _batch, _report, _call = decoder(Batch), decoder(Report), decoder(Call)
 _hello_publisher, _hello_subscriber = decoder(HelloPublisher), decoder(HelloSubscriber)
 _taken, _spec = decoder(RepliesTaken), decoder(Spec)
@@ -81,6 +83,7 @@ class Router:
         self.strangers: dict[Stream, float] = {}
         self.arrived: dict[Stream, list[Frame]] = {}
         """What this turn has read and not handled yet."""
+        self.census_at = 0.0
         self.drains: list[tuple[int, int]] = []
         self.answers: list[Answer] = []
         self.held: list[str] = []
@@ -100,6 +103,8 @@ class Router:
         failpoints.hit("router.read")
         if None in ready:
             self._accept()
+        if self._someone_is_absent() and time.monotonic() >= self.census_at:
+            self._forget_the_dead()
         now = time.time()
         due = self.exchange.next_due()
         if self.arrived or (due is not None and due <= now):
@@ -123,6 +128,8 @@ class Router:
 
     def _timeout(self) -> float | None:
         waits = [5.0] if self.strangers else []
+        if self._someone_is_absent():
+            waits.append(max(0.0, self.census_at - time.monotonic()))
         due = self.exchange.next_due()
         if due is not None:
             waits.append(min(max(0.0, due - time.time()), LONGEST_WAIT))
@@ -168,9 +175,6 @@ class Router:
             peer.stream = None
         if isinstance(peer, PublisherPeer) and self.publishers.get(peer.hello.publisher) is peer:
             del self.publishers[peer.hello.publisher]
-            if not is_alive(peer.hello.pid, peer.hello.started):
-                with self.exchange.turn():
-                    self.exchange.forget_publisher(peer.hello.publisher)
         stream.close()
 
     def _handle_arrived(self, stream: Stream) -> None:
@@ -211,7 +215,7 @@ class Router:
         if hello.token != self.token:
             raise ProtocolError("a hello with a wrong token")
         self.strangers.pop(stream, None)
-        last = self.exchange.sequences.get(hello.publisher, 0)
+        last = self.exchange.meet(hello.publisher, hello.pid, hello.started)
         peer = stream.peer = PublisherPeer(stream, hello, last)
         self.publishers[hello.publisher] = peer
         stream.send(frames.HOLD, encode(Hold(self.held)))  # also if nothing is held: its last router may have said otherwise
@@ -233,6 +237,19 @@ class Router:
                 self.exchange.letters.replies[peer.hello.publisher] = self.exchange.letters.unanswered(peer.hello.publisher)
         else:
             raise ProtocolError(f"kind {kind} from a publisher")
+
+    def _someone_is_absent(self) -> bool:
+        return len(self.exchange.homes) > len(self.publishers)
+
+    def _forget_the_dead(self) -> None:
+        """Forget publishers whose process is dead: it may have died between two routers, and its stream ends before it does."""
+        self.census_at = time.monotonic() + CENSUS
+        absent = {publisher: home for publisher, home in self.exchange.homes.items() if publisher not in self.publishers}
+        alive = {home for home in set(absent.values()) if is_alive(*home)}
+        with self.exchange.turn():
+            for publisher, home in absent.items():
+                if home not in alive:
+                    self.exchange.forget_publisher(publisher)
 
     def _confirm(self) -> None:
         """Confirm after the deliveries: a confirm can wait, a round trip cannot."""

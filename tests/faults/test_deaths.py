@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ import pytest
 
 import mphub
 from mphub import EventHub, Inbox, Restart, Retry, Snapshot, Subscriber, Subscription
+from mphub.connection import connection_to
 from mphub.procs import boot
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
@@ -290,6 +292,30 @@ def test_reports_of_a_dead_process_are_taken_in_their_order(tmp_path: Path) -> N
         os.kill(router, signal.SIGCONT)
         hub.drain(20)
     assert [int(row) for row in lines(log)] == [*range(200), *range(1000, 1060)]
+
+
+def test_files_of_publishers_that_died_between_two_routers_go() -> None:
+    hub = EventHub()
+    hub.subscribe("k", len, name="k")
+
+    def leave_a_file() -> None:
+        hub.publish("k", b"", confirm=True)
+        connection_to(hub._address)._blobs.write(bytes(100_000))
+        time.sleep(600)
+
+    with hub:
+        blobs = Path(hub._address.folder) / "blobs"
+        publishers = [multiprocessing.get_context("fork").Process(target=leave_a_file) for _ in range(3)]
+        for publisher in publishers:
+            publisher.start()
+        assert eventually(lambda: len(os.listdir(blobs)) == 3)
+        router = hub.statistics().pids["router"]
+        os.kill(router, signal.SIGSTOP)
+        for publisher in publishers:
+            publisher.kill()
+            publisher.join()
+        os.kill(router, signal.SIGKILL)
+        assert eventually(lambda: not os.listdir(blobs))
 
 
 def test_random_kills_of_subscribers_and_router_lose_nothing(tmp_path: Path) -> None:
