@@ -114,7 +114,7 @@ class ProcessEngine:
         with watching(progress) as tell:
             began = time.monotonic()
             while True:
-                left = 0.1 if tell is not None else 3600.0
+                left = 0.1 if tell is not None else 1.0  # a Ctrl-C right before a wait is seen only behind it
                 if deadline is not None:
                     left = min(left, max(0.0, deadline - time.monotonic()))
                 with contextlib.suppress(WaitTimeout):

@@ -24,6 +24,8 @@ from mphub.wire.stream import Line
 
 DEATHS, PERIOD = 10, 10.0
 """Deaths of supervisors within seconds after which the hub is FAILED."""
+TORN = 3
+"""Times that a client comes back to a supervisor that says nothing."""
 _answer, _push = decoder(Answer), decoder(Push)
 
 
@@ -40,6 +42,7 @@ class Client:
         self._ended: Exception | None = None
         self._closing = False
         self._deaths: list[float] = []
+        self._torn = 0
         self._lock = threading.Lock()
         pid = os.getpid()
         self._charter = boot.Charter(address, pid, fork.start_ticks(pid), max_bytes, ask, term)
@@ -55,12 +58,15 @@ class Client:
     def _launch(self) -> tuple[subprocess.Popen[bytes], Line]:
         process = boot.launch(self._charter)
         try:
-            line = Line.connect(self.address.control)
-            line.send(frames.HELLO_CONTROL, self.address.token)
+            return process, self._connect()
         except OSError as error:  # it died right after it had said that it lives
             process.kill()
             raise StartFailed(f"the hub's supervisor ended as soon as it had started (exit {process.wait()})") from error
-        return process, line
+
+    def _connect(self) -> Line:
+        line = Line.connect(self.address.control)
+        line.send(frames.HELLO_CONTROL, self.address.token)
+        return line
 
     def _relaunch(self) -> tuple[subprocess.Popen[bytes], Line]:
         """Start a successor; one that dies at its start is followed by the next."""
@@ -134,9 +140,10 @@ class Client:
         """Hear one supervisor after the other."""
         while True:
             while (got := self._line.receive()) is not None:
+                self._torn = 0
                 self._take(*got)
             self._line.close()
-            if not self._succeed():
+            if not self._reconnect() and not self._succeed():
                 return
 
     def _take(self, kind: int, header: bytes, _: bytes) -> None:
@@ -148,6 +155,27 @@ class Client:
         elif kind == frames.PUSH:
             push = _push.decode(header)
             self._heard(push.what, push.args)
+
+    def _reconnect(self) -> bool:
+        """Come back to a supervisor that lives: an interrupt in the middle of a call tears the stream."""
+        if self._closing or self._ended is not None or self._torn >= TORN or self.process.poll() is not None:
+            return False
+        self._torn += 1
+        try:
+            self._go_on(self.process, self._connect())
+        except OSError:
+            return False
+        return True
+
+    def _go_on(self, process: subprocess.Popen[bytes], line: Line) -> None:
+        """Repeat what is not answered; ask for what was pushed to nobody."""
+        with self._lock:
+            self.process, self._line = process, line
+            for _, call in self._waiting.values():
+                with contextlib.suppress(OSError):
+                    line.send(frames.CALL, encode(call))
+        with contextlib.suppress(HubClosed, HubFailed):
+            self.ask("states").add_done_callback(self._learn)
 
     def _succeed(self) -> bool:
         """Start a supervisor in place of one that died, unless the hub ends; say whether there is one."""
@@ -168,13 +196,7 @@ class Client:
         except Exception as error:
             self._end(HubFailed(f"the supervisor ended with {word}, and no successor could be started: {error}"))
             return False
-        with self._lock:
-            self.process, self._line = process, line
-            for _, call in self._waiting.values():
-                with contextlib.suppress(OSError):
-                    line.send(frames.CALL, encode(call))
-        with contextlib.suppress(HubClosed, HubFailed):
-            self.ask("states").add_done_callback(self._learn)
+        self._go_on(process, line)
         return True
 
     def _learn(self, answer: Future[dict[str, dict[str, Any]]]) -> None:

@@ -22,6 +22,7 @@ import mphub
 from mphub import EventHub, Inbox, Restart, Retry, Snapshot, Subscriber, Subscription
 from mphub.connection import connection_to
 from mphub.procs import boot
+from mphub.wire.stream import shut
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
@@ -384,6 +385,21 @@ def test_calls_that_wait_are_answered_by_the_next_supervisor() -> None:
         os.kill(hub.statistics().pids["supervisor"], signal.SIGKILL)
         found = hub.statistics().subscribers
         assert (found["late"].state, found["late"].handled) == ("STOPPED", 1), "its books stay"
+
+
+def test_a_torn_call_reaches_the_same_supervisor_over_another_stream() -> None:
+    hub = EventHub()
+    hub.subscribe("k", time.sleep, name="slow")
+    with hub:
+        before = hub.statistics().pids
+        hub.publish("k", 0.3)
+        drain = threading.Thread(target=hub.drain)
+        drain.start()
+        for _ in range(5):
+            shut(hub._engine.client._line.sock)  # type: ignore[union-attr]
+            assert hub.statistics().pids == before
+        drain.join()
+        assert hub.statistics().subscribers["slow"].handled == 1
 
 
 def test_a_hub_between_two_supervisors_is_not_swept_by_another() -> None:
