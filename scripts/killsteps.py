@@ -20,6 +20,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,8 @@ WITHIN = 40.0
 GONE = 2.0
 """Seconds after its end in which everything must be gone."""
 MARK = "MPHUB_KILLSTEPS"
+KEEP = "KILLSTEPS_KEEP"
+"""Names a folder for the notes of runs in which something was wrong."""
 PACKAGE = Path(mphub.__file__).parent
 
 
@@ -250,6 +253,8 @@ def run(points: str) -> Outcome:
             (folder / "points" / point).touch()
         wrong = [*run_alone(folder, mark), *left_behind(mark)]
         reached = not list((folder / "points").iterdir())
+        if wrong and (keep := os.environ.get(KEEP)):
+            shutil.copytree(folder, Path(keep) / folder.name)
     return Outcome(points, reached, wrong, time.monotonic() - began)
 
 

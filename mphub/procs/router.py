@@ -295,6 +295,7 @@ class Router:
         delivery = seat.box.delivery
         delivery.give_back()  # on a reconnect; a successor holds nothing yet
         delivery.generation = max(delivery.generation, hello.generation)
+        seat.awaited = hello.frame
         self.exchange.claim(seat.box, seat.incarnation, hello.claims, list(seat.board.ranges()))
         snapshot = None if hello.ready else self.exchange.letters.snapshot(seat.box.name)
         stream.send(frames.WELCOME, encode(Welcome(seat.told, *(snapshot or ()))))
@@ -330,7 +331,7 @@ class Router:
         stream = seat.stream
         if stream is None:
             return
-        if seat.ready and not seat.stopping and not seat.fenced and seat.box.status != "PAUSED":
+        if seat.may_take():
             while len(stream.out) < MAX_AHEAD and (held := seat.box.delivery.take()) is not None:
                 self._hand_out(seat, stream, held)
         if seat.unconfirmed > CONFIRM_EVERY or (seat.stopping and seat.unconfirmed):

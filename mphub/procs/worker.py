@@ -140,7 +140,7 @@ class Worker:
         while True:
             try:
                 line = Line.connect(self.address.data)
-                hello = HelloSubscriber(self.address.token, self.incarnation, self.is_ready, list(self.claims), self.generation)
+                hello = HelloSubscriber(self.address.token, self.incarnation, self.is_ready, list(self.claims), self.generation, self.frame)
                 line.send(frames.HELLO_SUBSCRIBER, encode(hello))
             except OSError:
                 time.sleep(0.01)  # between two routers; without a supervisor this process dies anyway

@@ -240,6 +240,36 @@ def test_retries_at_once_are_neither_lost_nor_repeated_when_the_router_dies(tmp_
     assert firsts == sorted(firsts)
 
 
+def test_a_retry_at_once_keeps_its_place_when_the_router_dies_over_its_failure(tmp_path: Path) -> None:
+    log, go = tmp_path / "log", tmp_path / "go"
+    hub = EventHub()
+
+    def handle(n: int) -> bytes:
+        attempt = mphub.current_event().attempt
+        note(log, f"{n} {attempt}")
+        if n == 100:
+            assert eventually(go.exists)
+        if n == 115 and attempt == 1:
+            raise KeyError(n)
+        return bytes(40_000)  # so that the new router does not read all reports at once
+
+    hub.subscribe("k", handle, name="k", to="made", retry=Retry(on=KeyError, delay=0))
+    hub.subscribe("made", len)
+    with hub:
+        hub.publish_batch("k", range(100))
+        hub.drain(20)
+        for n in range(100, 140):
+            hub.publish("k", n, confirm=True)
+        assert eventually(lambda: "100 1" in lines(log))
+        router = hub.statistics().pids["router"]
+        os.kill(router, signal.SIGSTOP)
+        go.touch()
+        time.sleep(0.2)
+        os.kill(router, signal.SIGKILL)
+        hub.drain(20)
+    assert lines(log) == [*(f"{n} 1" for n in range(116)), "115 2", *(f"{n} 1" for n in range(116, 140))]
+
+
 @pytest.mark.timeout(120)
 def test_outputs_too_large_for_a_frame_are_neither_lost_nor_doubled_when_the_router_dies(tmp_path: Path) -> None:
     log = tmp_path / "log"
