@@ -387,13 +387,22 @@ class Connection:
 
     def _connect(self) -> None:
         """Open the stream and start its reader; with the lock held."""
-        try:
-            self._line = self._hello()
-        except OSError as error:
-            raise HubClosed(f"hub {self.address.name!r} is not running: start it first ({error.strerror})") from None
+        self._line = self._first_hello()
         mp_util.Finalize(self, _last_flush, args=(weakref.ref(self),), exitpriority=20)  # atexit does not run in forked children
         self._thread = threading.Thread(target=self._run, name="mphub-publisher", daemon=True)
         self._thread.start()
+
+    def _first_hello(self) -> Line:
+        """Connect; a hub that lives may be between two routers or two supervisors."""
+        deadline = time.monotonic() + SILENCE
+        while True:
+            try:
+                return self._hello()
+            except OSError as error:
+                lives = os.path.exists(self.address.folder) and is_alive(self.address.pid, self.address.started)
+                if not lives or time.monotonic() > deadline:
+                    raise HubClosed(f"hub {self.address.name!r} is not running: start it first ({error.strerror})") from None
+                time.sleep(0.01)
 
     def _hello(self) -> Line:
         line = Line.connect(self.address.data)

@@ -417,6 +417,28 @@ def test_calls_that_wait_are_answered_by_the_next_supervisor() -> None:
         assert (found["late"].state, found["late"].handled) == ("STOPPED", 1), "its books stay"
 
 
+def test_the_first_publish_of_a_process_waits_for_the_next_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    hub = EventHub()
+    hub.subscribe("k", lambda n: note(log, n), name="log")
+    launch = boot.launch
+
+    def launch_late(charter: boot.Charter) -> subprocess.Popen[bytes]:
+        time.sleep(0.3)
+        return launch(charter)
+
+    with hub:
+        monkeypatch.setattr(boot, "launch", launch_late)
+        os.kill(hub.statistics().pids["supervisor"], signal.SIGKILL)
+        time.sleep(0.1)
+        publisher = multiprocessing.get_context("fork").Process(target=hub.publish, args=("k", 1))
+        publisher.start()
+        publisher.join()
+        assert publisher.exitcode == 0
+        hub.drain(20)
+    assert lines(log) == ["1"]
+
+
 def test_a_torn_call_reaches_the_same_supervisor_over_another_stream() -> None:
     hub = EventHub()
     hub.subscribe("k", time.sleep, name="slow")
