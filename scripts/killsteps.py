@@ -36,7 +36,7 @@ import psutil
 from soak import AT_ONCE, FORK, PATIENT, Count, Event, books_add_up, check, judged, note, notes, ranges
 
 import mphub
-from mphub import EventHub, HubStatistics, MphubError, Retry, RetryLater, Snapshot, failpoints
+from mphub import EventHub, HubStatistics, MphubError, Retry, RetryLater, Snapshot, StartFailed, failpoints
 
 EVENTS, BATCH = 300, 10
 RETRIED, LATER, CRASHES, LARGE, ASKS = 40, 70, 150, 30, 20
@@ -131,20 +131,30 @@ def see_to_publishers(hub: EventHub, folder: Path) -> None:
 def run_program(folder: Path) -> list[str]:
     """Be the hub's process; return what is wrong."""
     os.environ["MPHUB_FAILPOINTS"] = str(folder / "points")  # for the others: this one has decided at import
+    steps = [point.partition(":")[0] for point in (folder / "wanted").read_text().split(",")]
     hub = make_hub(folder)
     threading.Thread(target=tell_where_it_hangs, args=(hub,), daemon=True).start()
-    wrong = []
-    with hub:
-        print(hub._address.folder, flush=True)
-        crowd = threading.Thread(target=see_to_publishers, args=(hub, folder))
-        crowd.start()
-        wrong += come_and_go(hub)
-        crowd.join()
-        hub.drain(30)
-        counted = hub.request("out", None, to="count").result(20)
-        found = hub.statistics()
-        wrong += files_left(Path(hub._address.folder) / "blobs")
-    return wrong + judge(folder, found, counted, [path.partition(":")[0] for path in (folder / "wanted").read_text().split(",")])
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hub)
+        except StartFailed:
+            if any(step.startswith("supervisor.") for step in steps):
+                return []  # as it should: the first supervisor died before it had heard of the hub
+            raise
+        return run_hub(hub, folder, steps)
+
+
+def run_hub(hub: EventHub, folder: Path, steps: Sequence[str]) -> list[str]:
+    print(hub._address.folder, flush=True)
+    crowd = threading.Thread(target=see_to_publishers, args=(hub, folder))
+    crowd.start()
+    wrong = come_and_go(hub)
+    crowd.join()
+    hub.drain(30)
+    counted = hub.request("out", None, to="count").result(20)
+    found = hub.statistics()
+    wrong += files_left(Path(hub._address.folder) / "blobs")
+    return wrong + judge(folder, found, counted, steps)
 
 
 def come_and_go(hub: EventHub) -> list[str]:
