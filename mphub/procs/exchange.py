@@ -87,6 +87,8 @@ class Exchange:
         with self.journal.turn():
             yield
             self._write_dirty()
+            if self.references.ended:  # for a router that dies before it has removed them
+                self.journal.put("meta", b"ended", encode(self.references.ended))
         failpoints.hit("router.sweeping")
         self.references.sweep()
 

@@ -10,7 +10,7 @@ import msgspec
 from mphub.core.delivery import length
 from mphub.procs.mailbox import Mailbox, single_portion
 from mphub.store.journal import Counters, Progress, Single, Stored, SubscriberState
-from mphub.wire.frames import decoder
+from mphub.wire.frames import decoder, encode
 from mphub.wire.specs import Spec
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def recover(exchange: Exchange) -> None:
     found = exchange.journal.get("meta", b"counters")
     if found is not None:
         exchange.next_row, exchange.epoch, exchange.accepted, exchange.unmatched = msgspec.msgpack.decode(found)
+    for name in msgspec.msgpack.decode(exchange.journal.get("meta", b"ended") or encode([])):
+        exchange.references.end(name)
     for key, value in exchange.journal.scan("publishers"):
         publisher = int.from_bytes(key, "big")
         exchange.sequences[publisher], *home = msgspec.msgpack.decode(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,10 @@ import killsteps
 import pytest
 
 from mphub import failpoints
+from mphub.procs.exchange import Exchange
+from mphub.store.blobs import Blobs
+from mphub.store.journal import Journal
+from mphub.wire.frames import Batch, encode
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 PASSES = int(os.environ.get("KILLSTEPS_PASSES", "2"))
@@ -43,6 +48,24 @@ def test_deaths_one_after_the_other_are_survived_too() -> None:
             "worker.returned:60,router.settling:1,publisher.half_sent:9",
         ]
     )
+
+
+def test_a_file_goes_though_its_router_dies_between_the_commit_and_its_removal(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    blobs = Blobs(tmp_path / "blobs", 7)
+    name = blobs.write(bytes(100_000))
+    first = Exchange(Journal(tmp_path, 64 << 20), blobs, 64 << 20, time.time)
+    first.references.sweep = lambda: None  # type: ignore[method-assign]
+    with first.turn():
+        batch = Batch(7, 1, 1, [("nobody", 1)], 0.0, blob=name, size=100_000)
+        first.accept(batch, encode(batch), b"")
+    first.journal.close()
+    assert blobs.of_writer(7) == [name]
+    second = Exchange(Journal(tmp_path, 64 << 20), blobs, 64 << 20, time.time)
+    with second.turn():
+        second.advance_epoch()
+    assert blobs.of_writer(7) == []
+    second.journal.close()
 
 
 def test_a_step_costs_nothing_unless_a_death_is_wanted() -> None:
