@@ -36,9 +36,12 @@ import psutil
 from soak import AT_ONCE, FORK, PATIENT, Count, Event, books_add_up, check, judged, note, notes, ranges
 
 import mphub
-from mphub import EventHub, HubStatistics, MphubError, Retry, RetryLater, Snapshot, StartFailed, failpoints
+from mphub import EventHub, HubStatistics, Inbox, MphubError, Retry, RetryLater, Snapshot, StartFailed, failpoints
 
-EVENTS, BATCH = 300, 10
+BATCH = int(os.environ.get("KILLSTEPS_BATCH", "10"))
+EVENTS = 30 * BATCH
+SMALL = Inbox(maxsize=4 * BATCH)
+"""So that publishers are held now and then."""
 RETRIED, LATER, CRASHES, LARGE, ASKS = 40, 70, 150, 30, 20
 """Numbers (modulo 100; CRASHES as it is) of events that something special happens to."""
 WITHIN = 40.0
@@ -77,7 +80,7 @@ def ask(number: int) -> int | bytes:
 def make_hub(folder: Path) -> EventHub:
     hub = EventHub(name="killsteps")
     troubles = Retry(PATIENT.max_attempts, on=KeyError, delay=0.0)
-    hub.subscribe("in", lambda event: hand_on(folder, hub, event), name="pass", to="out", retry=troubles, restart=AT_ONCE)
+    hub.subscribe("in", lambda event: hand_on(folder, hub, event), name="pass", to="out", retry=troubles, restart=AT_ONCE, inbox=SMALL)
 
     def write_down(event: tuple[int, int, bytes]) -> None:
         note(folder / "delivered", *event[:2], mphub.current_event().attempt, os.getpid())
