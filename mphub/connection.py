@@ -399,10 +399,13 @@ class Connection:
             try:
                 return self._hello()
             except OSError as error:
-                lives = os.path.exists(self.address.folder) and is_alive(self.address.pid, self.address.started)
-                if not lives or time.monotonic() > deadline:
+                if not self._hub_lives() or time.monotonic() > deadline:
                     raise HubClosed(f"hub {self.address.name!r} is not running: start it first ({error.strerror})") from None
                 time.sleep(0.01)
+
+    def _hub_lives(self) -> bool:
+        """Say whether there is a hub at all: a stopped one has no folder."""
+        return os.path.exists(self.address.folder) and is_alive(self.address.pid, self.address.started)
 
     def _hello(self) -> Line:
         line = Line.connect(self.address.data)
@@ -478,7 +481,7 @@ class Connection:
                 line = self._hello()
                 first = self._first_answer(line)
             except OSError:  # nobody holds the listening socket: between two supervisors
-                if not is_alive(self.address.pid, self.address.started) or time.monotonic() > deadline:
+                if not self._hub_lives() or time.monotonic() > deadline:
                     break
                 time.sleep(0.01)
                 continue

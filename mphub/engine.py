@@ -167,8 +167,7 @@ class ProcessEngine:
         """End the subscribers; return how many events are given up."""
         with contextlib.suppress(Exception):  # what cannot be flushed any more is in the log
             self.connection.flush(self.stop.ask)
-        self.client.call("stop_subscribers")
-        return int(self.client.call("give_up", reason="stopped"))
+        return int(self.client.call("stop_subscribers"))
 
     def close(self) -> None:
         self.client.close()

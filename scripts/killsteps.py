@@ -4,6 +4,7 @@
     python scripts/killsteps.py --steps router. --passes 40             the router's, up to the 40th time or until nobody gets that far
     python scripts/killsteps.py --points router.committed:3,worker.read:2 --times 20       these two deaths in one run, twenty runs
     python scripts/killsteps.py --pairs 200 --seed 7                    two or three at random, two hundred runs
+    KILLSTEPS_STOPS=1 KILLSTEPS_BATCH=100 python scripts/killsteps.py   with a stop without drain in the middle, and larger batches
 
 Each run is a small program in an interpreter of its own: a publisher (its process is forked; one that dies is followed by another)
 publishes numbered events under ``in``, ``pass`` hands each on to ``out``, where ``log`` writes it down and ``count`` counts it into a
@@ -36,7 +37,7 @@ import psutil
 from soak import AT_ONCE, FORK, PATIENT, Count, Event, books_add_up, check, judged, note, notes, ranges
 
 import mphub
-from mphub import EventHub, HubStatistics, Inbox, MphubError, Retry, RetryLater, Snapshot, StartFailed, failpoints
+from mphub import Dropped, EventHub, HubClosed, HubStatistics, Inbox, MphubError, Retry, RetryLater, Snapshot, StartFailed, failpoints
 
 BATCH = int(os.environ.get("KILLSTEPS_BATCH", "10"))
 EVENTS = 30 * BATCH
@@ -44,6 +45,9 @@ SMALL = Inbox(maxsize=4 * BATCH)
 """So that publishers are held now and then."""
 RETRIED, LATER, CRASHES, LARGE, ASKS = 40, 70, 150, 30, 20
 """Numbers (modulo 100; CRASHES as it is) of events that something special happens to."""
+STOPS = bool(os.environ.get("KILLSTEPS_STOPS"))
+"""Stop without drain in the middle, instead of draining."""
+STOP_WITHIN = 10.0
 WITHIN = 40.0
 """Seconds that a program may take."""
 GONE = 2.0
@@ -94,6 +98,11 @@ def make_hub(folder: Path) -> EventHub:
 def publish_numbers(hub: EventHub, folder: Path, publisher: int) -> None:
     """Be a publisher: note what is attempted, publish it one way or another, note what is accepted."""
     failpoints.arm(str(folder / "points"))
+    with contextlib.suppress(*(HubClosed, Dropped) if STOPS else ()):
+        publish_all(hub, folder, publisher)
+
+
+def publish_all(hub: EventHub, folder: Path, publisher: int) -> None:
     for first in range(0, EVENTS, BATCH):
         note(folder / "attempted", publisher, first, first + BATCH)
         events = [(publisher, number, padding_of(number)) for number in range(first, first + BATCH)]
@@ -152,12 +161,31 @@ def run_hub(hub: EventHub, folder: Path, steps: Sequence[str]) -> list[str]:
     crowd = threading.Thread(target=see_to_publishers, args=(hub, folder))
     crowd.start()
     wrong = come_and_go(hub)
+    if STOPS:
+        return wrong + stop_midway(hub, folder, crowd, steps)
     crowd.join()
     hub.drain(30)
     counted = hub.request("out", None, to="count").result(20)
     found = hub.statistics()
     wrong += files_left(Path(hub._address.folder) / "blobs")
     return wrong + judge(folder, found, counted, steps)
+
+
+def stop_midway(hub: EventHub, folder: Path, crowd: threading.Thread, steps: Sequence[str]) -> list[str]:
+    """Stop without drain while events flow; return what is wrong."""
+    while crowd.is_alive() and len(list(notes(folder / "delivered"))) < EVENTS // 3:
+        time.sleep(0.002)
+    began = time.monotonic()
+    hub.stop(drain=False)
+    took = time.monotonic() - began
+    crowd.join()
+    found = hub.statistics()
+    sure = len(set(ranges(folder / "accepted")))
+    wrong = [f"it took {took:.1f} s to stop"] if took > STOP_WITHIN else []
+    if found.subscribers["pass"].accepted < sure:
+        wrong.append(f"{sure} were accepted, the books know of {found.subscribers['pass'].accepted}")
+    wrong += [f"{name} has something left: {s}" for name, s in found.subscribers.items() if s.waiting or s.running or s.dead]
+    return wrong + judge_notes(folder, found, steps)
 
 
 def come_and_go(hub: EventHub) -> list[str]:
@@ -181,17 +209,24 @@ def tell_where_it_hangs(hub: EventHub) -> None:
 
 
 def judge(folder: Path, found: HubStatistics, counted: object, steps: Sequence[str]) -> list[str]:
+    """Compare notes and books of a hub that was drained; return what is wrong."""
+    wrong = [*judge_notes(folder, found, steps), *unfinished(found)]
+    came = {(publisher, number) for publisher, number, *_ in notes(folder / "delivered")}
+    log, into = found.subscribers["log"], found.subscribers["pass"]
+    if not into.handled == log.accepted == len(came) == counted == found.subscribers["count"].accepted - 1:
+        books = {name: (s.accepted, s.handled) for name, s in found.subscribers.items()}
+        wrong.append(f"the second stage: {len(came)} came, {counted} counted, books {books}")
+    return wrong
+
+
+def judge_notes(folder: Path, found: HubStatistics, steps: Sequence[str]) -> list[str]:
     """Compare notes and books; return what is wrong."""
     passed, delivered = list(notes(folder / "passed")), list(notes(folder / "delivered"))
     came = [(publisher, number) for publisher, number, *_ in delivered]
-    whole = check(ranges(folder / "attempted"), ranges(folder / "accepted"), came)
+    whole = check(ranges(folder / "attempted"), () if STOPS else ranges(folder / "accepted"), came)
     whole.reordered = check([], [], [event for event in came if event[1] % 100 != LATER]).reordered
     wrong = [f"{len(events)} {what}: {events[:3]}" for what, events in judged(whole) if events]
-    wrong += [*books_add_up(found), *unfinished(found)]
-    log, into = found.subscribers["log"], found.subscribers["pass"]
-    if not into.handled == log.accepted == len(set(came)) == counted == found.subscribers["count"].accepted - 1:
-        books = {name: (s.accepted, s.handled) for name, s in found.subscribers.items()}
-        wrong.append(f"the second stage: {len(set(came))} came, {counted} counted, books {books}")
+    wrong += books_add_up(found)
     wrong += [f"pass: {each}" for each in repeats(passed, unsaved=True)] + [f"log: {each}" for each in repeats(delivered, unsaved=False)]
     return [*wrong, *charges(passed, delivered, steps)]
 

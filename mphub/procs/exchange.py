@@ -58,6 +58,8 @@ class Exchange:
         self.boxes: dict[str, Mailbox] = {}
         self.table: RoutingTable[Mailbox] = RoutingTable()
         self.accepted = 0
+        self.closed = False
+        """Nothing is taken in any more."""
         self.unmatched: dict[str, int] = {}
         self.epoch = 1
         self.sequences: dict[int, int] = {}
@@ -208,6 +210,11 @@ class Exchange:
         self.settle(box, portion, list(spans))
 
     # -- events in
+
+    def close(self) -> None:
+        """Take nothing more in, also under the next router."""
+        self.closed = True
+        self.journal.put("meta", b"closed", b"1")
 
     def meet(self, publisher: int, pid: int, started: float) -> int:
         """Remember whose publisher this is; return the last sequence that is kept of it."""

@@ -12,13 +12,15 @@ from mphub.wire.stream import Stream
 class PublisherPeer:
     """A publisher at the other end of a stream."""
 
-    __slots__ = ("behind", "hello", "refused", "sequence", "stream", "told")
+    __slots__ = ("behind", "dismissed", "hello", "refused", "sequence", "stream", "told")
 
     def __init__(self, stream: Stream, hello: HelloPublisher, sequence: int) -> None:
         self.stream, self.hello, self.sequence = stream, hello, sequence
         self.told = -1
         self.refused: list[tuple[int, str, str]] = []
         self.behind = False
+        self.dismissed = False
+        """It has been told that the hub stops."""
 
 
 class Seat:

@@ -25,6 +25,7 @@ def recover(exchange: Exchange) -> None:
     found = exchange.journal.get("meta", b"counters")
     if found is not None:
         exchange.next_row, exchange.epoch, exchange.accepted, exchange.unmatched = msgspec.msgpack.decode(found)
+    exchange.closed = exchange.journal.get("meta", b"closed") is not None
     for name in msgspec.msgpack.decode(exchange.journal.get("meta", b"ended") or encode([])):
         exchange.references.end(name)
     for key, value in exchange.journal.scan("publishers"):

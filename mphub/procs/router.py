@@ -223,13 +223,15 @@ class Router:
             self.exchange.letters.replies.setdefault(hello.publisher, []).append(reply)
 
     def _from_publisher(self, peer: PublisherPeer, kind: int, header: bytes, body: bytes) -> None:
-        if kind == frames.BATCH:
+        if kind == frames.BATCH and not self.exchange.closed:
             batch = _batch.decode(header)
             check_batch(batch, peer, body)
             refused = self.exchange.accept(batch, header, body)
             if refused is not None:
                 peer.refused.append((batch.sequence, *refused))
             peer.sequence = max(peer.sequence, batch.sequence)
+        elif kind == frames.BATCH:
+            return  # it is told that the hub stops, not that this was accepted
         elif kind == frames.REPLIES_TAKEN:
             self.exchange.letters.taken(peer.hello.publisher, _taken.decode(header).numbers)
             if peer.behind and len(peer.stream.out) < MAX_UNREAD // 2:
@@ -258,6 +260,9 @@ class Router:
                 peer.told = peer.sequence
                 peer.stream.send(frames.CONFIRM, encode(Confirm(peer.sequence, peer.refused)))
                 peer.refused = []
+            if self.exchange.closed and not peer.dismissed:
+                peer.dismissed = True
+                peer.stream.send(frames.CLOSED)
 
     def _send_replies(self) -> None:
         replies = self.exchange.letters.replies
@@ -384,7 +389,8 @@ class Router:
         self.exchange.forget(name, reason)
 
     def do_give_up(self, reason: str) -> int:
-        """Drop all that waits: a stop without drain."""
+        """Take nothing more in and drop all that waits: the hub stops."""
+        self.exchange.close()
         return sum(self.exchange.drop_pending(box, reason) for box in self.exchange.boxes.values())
 
     def do_status(self, name: str, status: str) -> None:

@@ -460,8 +460,8 @@ class Supervisor:
         self.link.ask("statistics", merge)
 
     def do_stop_subscribers(self, answer: Reply) -> None:
-        """End all subscribers by the ladder; answer when they are settled."""
-        self._once_dead(list(self.wards.values()), answer)
+        """End all subscribers by the ladder, and when they are settled drop what waits; answer how much that was."""
+        self._once_dead(list(self.wards.values()), lambda: self.link.ask("give_up", answer, reason="stopped"))
 
     def do_close(self, answer: Reply) -> None:
         """End the hub."""

@@ -50,6 +50,11 @@ def test_deaths_one_after_the_other_are_survived_too() -> None:
     )
 
 
+def test_a_stop_beside_publishers_counts_all_that_was_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILLSTEPS_STOPS", "1")
+    judge_each(["none.at_all:1", "none.at_all:2", "supervisor.settled:5", "router.committed:150", "supervisor.closing:1"])
+
+
 def test_a_file_goes_though_its_router_dies_between_the_commit_and_its_removal(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     blobs = Blobs(tmp_path / "blobs", 7)
