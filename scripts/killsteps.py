@@ -43,6 +43,8 @@ BATCH = int(os.environ.get("KILLSTEPS_BATCH", "10"))
 EVENTS = 30 * BATCH
 SMALL = Inbox(maxsize=4 * BATCH)
 """So that publishers are held now and then."""
+TOGETHER = 2
+"""Of five batches the one that is a transaction."""
 RETRIED, LATER, CRASHES, LARGE, ASKS = 40, 70, 150, 30, 20
 """Numbers (modulo 100; CRASHES as it is) of events that something special happens to."""
 STOPS = bool(os.environ.get("KILLSTEPS_STOPS"))
@@ -92,6 +94,13 @@ def make_hub(folder: Path) -> EventHub:
     hub.subscribe("out", write_down, name="log", retry=PATIENT, restart=AT_ONCE)
     hub.subscribe("out", Count, name="count", snapshot=Snapshot(every=50, period=0.05), retry=PATIENT, restart=AT_ONCE)
     hub.subscribe("ask", ask, name="ask", retry=PATIENT, restart=AT_ONCE)
+
+    def heal(number: int) -> None:
+        if not (folder / "healed").exists():
+            raise ValueError(number)
+        note(folder / "redriven", number)
+
+    hub.subscribe("ill", heal, name="ill", retry=PATIENT, restart=AT_ONCE)
     return hub
 
 
@@ -118,7 +127,7 @@ def padding_of(number: int) -> bytes:
 
 
 def publish_somehow(hub: EventHub, turn: int, events: list[tuple[int, int, bytes]]) -> None:
-    if turn % 5 == 2:
+    if turn % 5 == TOGETHER:
         with hub.transaction() as together:
             for event in events:
                 together.publish("in", event)
@@ -160,7 +169,7 @@ def run_hub(hub: EventHub, folder: Path, steps: Sequence[str]) -> list[str]:
     print(hub._address.folder, flush=True)
     crowd = threading.Thread(target=see_to_publishers, args=(hub, folder))
     crowd.start()
-    wrong = come_and_go(hub)
+    wrong = come_and_go(hub, folder)
     if STOPS:
         return wrong + stop_midway(hub, folder, crowd, steps)
     crowd.join()
@@ -188,14 +197,25 @@ def stop_midway(hub: EventHub, folder: Path, crowd: threading.Thread, steps: Seq
     return wrong + judge_notes(folder, found, steps)
 
 
-def come_and_go(hub: EventHub) -> list[str]:
+def come_and_go(hub: EventHub, folder: Path) -> list[str]:
     """Subscribe, ask, restart and unsubscribe while events flow."""
     answers = [hub.request("ask", number).result(20) for number in (1, -1, 2)]
     late = hub.subscribe("late", lambda number: number * 2, name="late")
     answers.append(late.request(21).result(20))
     hub.subscription("log").restart()
     late.unsubscribe()
+    bury_and_redrive(hub, folder)
     return [f"answers: {answers}"] if answers != [2, bytes(100_000), 3, 42] else []
+
+
+def bury_and_redrive(hub: EventHub, folder: Path) -> None:
+    hub.publish("ill", 1, confirm=True)
+    while not (letters := hub.dead_letters("ill")):
+        time.sleep(0.005)
+    assert [letter.payload for letter in letters] == [1]
+    (folder / "healed").touch()
+    hub.redrive("ill")
+    assert not hub.dead_letters("ill")
 
 
 def tell_where_it_hangs(hub: EventHub) -> None:
@@ -227,6 +247,9 @@ def judge_notes(folder: Path, found: HubStatistics, steps: Sequence[str]) -> lis
     whole.reordered = check([], [], [event for event in came if event[1] % 100 != LATER]).reordered
     wrong = [f"{len(events)} {what}: {events[:3]}" for what, events in judged(whole) if events]
     wrong += books_add_up(found)
+    if not STOPS:
+        wrong += [] if set(notes_of(folder / "redriven")) == {1} else ["what was redriven did not come"]
+        wrong += torn(set(came))
     wrong += [f"pass: {each}" for each in repeats(passed, unsaved=True)] + [f"log: {each}" for each in repeats(delivered, unsaved=False)]
     return [*wrong, *charges(passed, delivered, steps)]
 
@@ -254,6 +277,17 @@ def repeats(rows: list[list[int]], *, unsaved: bool) -> Iterator[str]:
             yield f"process {pid} had run {[event for event in runs[pid] if event in later][:3]} and more"
         if len(set(runs[pid])) != len(runs[pid]):
             yield f"process {pid} ran an event twice"
+
+
+def torn(came: set[Event]) -> Iterator[str]:
+    """Name transactions of which only a part came."""
+    for (publisher, turn), found in collections.Counter((publisher, number // BATCH) for publisher, number in came).items():
+        if turn % 5 == TOGETHER and found != BATCH:
+            yield f"{found} events of a transaction came: {publisher, turn}"
+
+
+def notes_of(path: Path) -> list[int]:
+    return [number for (number,) in notes(path)]
 
 
 def special(number: int) -> bool:

@@ -55,9 +55,11 @@ def _settle_in(parent: int, record: Path, keep: Collection[int], out: Path | Non
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(0)
+    failpoints.hit("child.forked")
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(each, signal.SIG_DFL)
     record.write_text(f"{os.getpid()} {start_ticks(os.getpid())}")
+    failpoints.hit("child.recorded")
     _close_others({0, 1, 2, *keep})
     if out is not None:
         sys.stdout = _redirect(1, f"{out}.out")
