@@ -3,6 +3,7 @@
     python scripts/killsteps.py                                         each step, the first three times it is passed
     python scripts/killsteps.py --steps router. --passes 40             the router's, up to the 40th time or until nobody gets that far
     python scripts/killsteps.py --points router.committed:3,worker.read:2 --times 20       these two deaths in one run, twenty runs
+    python scripts/killsteps.py --points 'router.read:20>router.recovered:1'               the second one only once the first has happened
     python scripts/killsteps.py --pairs 200 --seed 7                    two or three at random, two hundred runs
     KILLSTEPS_STOPS=1 KILLSTEPS_BATCH=100 python scripts/killsteps.py   with a stop without drain in the middle, and larger batches
 
@@ -325,19 +326,35 @@ class Outcome:
 
 
 def run(points: str) -> Outcome:
-    """Run the program with some deaths; ``points`` is like ``router.committed:3,worker.read:2``."""
+    """Run the program with some deaths; ``points`` is like ``router.committed:3,worker.read:2`` or ``router.read:3>router.recovered:1``."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="killsteps-") as name:
         folder, mark = Path(name), uuid.uuid4().hex
         (folder / "points").mkdir()
-        (folder / "wanted").write_text(points)
-        for point in points.split(","):
-            (folder / "points" / point).touch()
+        (folder / "wanted").write_text(points.replace(">", ","))
+        over, waiting = threading.Event(), points.split(">")
+        lay(folder / "points", waiting.pop(0))
+        layer = threading.Thread(target=lay_in_turn, args=(folder / "points", waiting, over))
+        layer.start()
         wrong = [*run_alone(folder, mark), *left_behind(mark)]
-        reached = not list((folder / "points").iterdir())
+        over.set()
+        layer.join()
+        reached = not waiting and not list((folder / "points").iterdir())
         if wrong and (keep := os.environ.get(KEEP)):
             shutil.copytree(folder, Path(keep) / folder.name)
     return Outcome(points, reached, wrong, time.monotonic() - began)
+
+
+def lay(folder: Path, points: str) -> None:
+    for point in points.split(","):
+        (folder / point).touch()
+
+
+def lay_in_turn(folder: Path, waiting: list[str], over: threading.Event) -> None:
+    """Want the next deaths as soon as the ones before have happened."""
+    while waiting and not over.wait(0.0005):
+        if not any(folder.iterdir()):
+            lay(folder, waiting.pop(0))
 
 
 def run_alone(folder: Path, mark: str) -> list[str]:
@@ -391,11 +408,11 @@ def run_step(step: str, passes: Sequence[int], times: int) -> list[Outcome]:
 
 
 def drawn(dice: random.Random, count: int) -> Iterator[str]:
-    """Draw deaths that fall into one run; those that come early are more likely."""
+    """Draw deaths that fall into one run, side by side or one after the other; those that come early are more likely."""
     names = steps()
     for _ in range(count):
         chosen = dice.sample(names, dice.choice((2, 2, 3)))
-        yield ",".join(f"{name}:{int(dice.paretovariate(0.5))}" for name in chosen)
+        yield dice.choice(",>").join(f"{name}:{int(dice.paretovariate(0.5))}" for name in chosen)
 
 
 def run_and_tell(points: str) -> Outcome:

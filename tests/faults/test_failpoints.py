@@ -40,12 +40,14 @@ def test_a_death_at_any_step_loses_doubles_and_leaves_nothing(process: str) -> N
     judge_each([f"{step}:{number}" for step in steps for number in range(1, PASSES + 1)])
 
 
+@pytest.mark.slow
 def test_deaths_one_after_the_other_are_survived_too() -> None:
     judge_each(
         [
-            "supervisor.started:4,supervisor.settling:1",
-            "router.half_delivered:200,supervisor.reaped_router:1,router.recovered:2",
-            "worker.returned:60,router.settling:1,publisher.half_sent:9",
+            "supervisor.started:6>supervisor.settling:1>supervisor.adopting:1",
+            "router.half_delivered:150>supervisor.reaped_router:1>router.recovered:1",
+            "router.handed_out:100>router.committing:1>router.committed:1>worker.welcome:1",
+            "worker.returned:20>router.settling:1>worker.running:5,publisher.sent:9",
         ]
     )
 
