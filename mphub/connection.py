@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from mphub import failpoints
 from mphub.core.keys import check_key, check_name, matches
 from mphub.errors import DrainTimeout, HubClosed, HubError, MphubError, NoSubscriber, PayloadError
 from mphub.events import EventId, Topic, str_of
@@ -299,6 +300,7 @@ class Connection:
         self._sequence = sequence
         self._clear_batch()  # and nothing before the next line, so that an interrupt finds the batch in one place
         self._unconfirmed.append((sequence, data))
+        failpoints.hit("publisher.batched")
         self._write(data)
         return sequence
 
@@ -322,8 +324,10 @@ class Connection:
         """Send a whole frame; without a line it goes out after the next connect."""
         if self._line is None:
             return
+        failpoints.hit("publisher.half_sent", self._line.sock.send, data)
         try:
             self._line.sock.sendall(data)
+            failpoints.hit("publisher.sent")
         except OSError:
             shut(self._line.sock)
         except BaseException:  # an interrupt in the middle of a frame: the reader connects anew and sends it whole
@@ -416,18 +420,31 @@ class Connection:
 
     def _connect(self) -> None:
         """Open the stream and start its reader; with the lock held."""
-        try:
-            self._line = self._hello()
-        except OSError as error:
-            raise HubClosed(f"hub {self.address.name!r} is not running: start it first ({error.strerror})") from None
+        self._line = self._first_hello()
         mp_util.Finalize(self, _last_flush, args=(weakref.ref(self),), exitpriority=20)  # atexit does not run in forked children
         self._thread = threading.Thread(target=self._run, name="mphub-publisher", daemon=True)
         self._thread.start()
+
+    def _first_hello(self) -> Line:
+        """Connect; a hub that lives may be between two routers or two supervisors."""
+        deadline = time.monotonic() + SILENCE
+        while True:
+            try:
+                return self._hello()
+            except OSError as error:
+                if not self._hub_lives() or time.monotonic() > deadline:
+                    raise HubClosed(f"hub {self.address.name!r} is not running: start it first ({error.strerror})") from None
+                time.sleep(0.01)
+
+    def _hub_lives(self) -> bool:
+        """Say whether there is a hub at all: a stopped one has no folder."""
+        return os.path.exists(self.address.folder) and is_alive(self.address.pid, self.address.started)
 
     def _hello(self) -> Line:
         line = Line.connect(self.address.data)
         me = psutil.Process()
         line.send(frames.HELLO_PUBLISHER, encode(HelloPublisher(self.address.token, self.id, me.pid, me.create_time())))
+        failpoints.hit("publisher.met")
         return line
 
     def _run(self) -> None:
@@ -460,6 +477,7 @@ class Connection:
             self.end(HubClosed(f"hub {self.address.name!r} was stopped"))
 
     def _confirmed(self, confirm: Confirm) -> None:
+        failpoints.hit("publisher.confirming")
         with self._lock:
             for sequence, kind, message in confirm.refused:
                 self._refused[sequence] = refusal(kind, message)
@@ -496,7 +514,7 @@ class Connection:
                 line = self._hello()
                 first = self._first_answer(line)
             except OSError:  # nobody holds the listening socket: between two supervisors
-                if not is_alive(self.address.pid, self.address.started) or time.monotonic() > deadline:
+                if not self._hub_lives() or time.monotonic() > deadline:
                     break
                 time.sleep(0.01)
                 continue

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mphub"
 LAYERS = (
-    {"errors", "options", "events"},
+    {"errors", "options", "events", "failpoints"},
     {"wire", "core"},
     {"store"},
     {"observe"},

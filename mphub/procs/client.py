@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mphub.connection import Address
-from mphub.errors import HubClosed, HubFailed
+from mphub.errors import HubClosed, HubFailed, StartFailed
 from mphub.procs import boot, fork
 from mphub.wire import frames
 from mphub.wire.frames import Answer, Call, Push, decoder, encode
@@ -24,6 +24,8 @@ from mphub.wire.stream import Line
 
 DEATHS, PERIOD = 10, 10.0
 """Deaths of supervisors within seconds after which the hub is FAILED."""
+TORN = 3
+"""Times that a client comes back to a supervisor that says nothing."""
 _answer, _push = decoder(Answer), decoder(Push)
 
 
@@ -40,6 +42,7 @@ class Client:
         self._ended: Exception | None = None
         self._closing = False
         self._deaths: list[float] = []
+        self._torn = 0
         self._lock = threading.Lock()
         pid = os.getpid()
         self._charter = boot.Charter(address, pid, fork.start_ticks(pid), max_bytes, ask, term)
@@ -54,9 +57,24 @@ class Client:
 
     def _launch(self) -> tuple[subprocess.Popen[bytes], Line]:
         process = boot.launch(self._charter)
+        try:
+            return process, self._connect()
+        except OSError as error:  # it died right after it had said that it lives
+            process.kill()
+            raise StartFailed(f"the hub's supervisor ended as soon as it had started (exit {process.wait()})") from error
+
+    def _connect(self) -> Line:
         line = Line.connect(self.address.control)
         line.send(frames.HELLO_CONTROL, self.address.token)
-        return process, line
+        return line
+
+    def _relaunch(self) -> tuple[subprocess.Popen[bytes], Line]:
+        """Start a successor; one that dies at its start is followed by the next."""
+        for _ in range(DEATHS - 1):
+            with contextlib.suppress(StartFailed):
+                return self._launch()
+            boot.kill_recorded(self.folder)
+        return self._launch()
 
     def call(self, op: str, timeout: float | None = None, **args: object) -> Any:
         """Call the supervisor (or through it the router) and return the answer.
@@ -122,9 +140,10 @@ class Client:
         """Hear one supervisor after the other."""
         while True:
             while (got := self._line.receive()) is not None:
+                self._torn = 0
                 self._take(*got)
             self._line.close()
-            if not self._succeed():
+            if not self._reconnect() and not self._succeed():
                 return
 
     def _take(self, kind: int, header: bytes, _: bytes) -> None:
@@ -136,6 +155,27 @@ class Client:
         elif kind == frames.PUSH:
             push = _push.decode(header)
             self._heard(push.what, push.args)
+
+    def _reconnect(self) -> bool:
+        """Come back to a supervisor that lives: an interrupt in the middle of a call tears the stream."""
+        if self._closing or self._ended is not None or self._torn >= TORN or self.process.poll() is not None:
+            return False
+        self._torn += 1
+        try:
+            self._go_on(self.process, self._connect())
+        except OSError:
+            return False
+        return True
+
+    def _go_on(self, process: subprocess.Popen[bytes], line: Line) -> None:
+        """Repeat what is not answered; ask for what was pushed to nobody."""
+        with self._lock:
+            self.process, self._line = process, line
+            for _, call in self._waiting.values():
+                with contextlib.suppress(OSError):
+                    line.send(frames.CALL, encode(call))
+        with contextlib.suppress(HubClosed, HubFailed):
+            self.ask("states").add_done_callback(self._learn)
 
     def _succeed(self) -> bool:
         """Start a supervisor in place of one that died, unless the hub ends; say whether there is one."""
@@ -152,16 +192,18 @@ class Client:
         message = f"the supervisor (pid {self.process.pid}) ended with {word}; its successor takes over, the subscribers start anew"
         self._hear("notice", {"kind": "death", "subscriber": None, "message": message, "details": {}})
         try:
-            process, line = self._launch()
+            process, line = self._relaunch()
         except Exception as error:
             self._end(HubFailed(f"the supervisor ended with {word}, and no successor could be started: {error}"))
             return False
-        with self._lock:
-            self.process, self._line = process, line
-            for _, call in self._waiting.values():
-                with contextlib.suppress(OSError):
-                    line.send(frames.CALL, encode(call))
+        self._go_on(process, line)
         return True
+
+    def _learn(self, answer: Future[dict[str, dict[str, Any]]]) -> None:
+        """Take in what a new supervisor may have pushed before it knew this client."""
+        if answer.exception() is None:
+            for name, found in answer.result().items():
+                self._heard("state", {"name": name, **found})
 
     def _bury(self) -> int:
         """Reap a supervisor and end what it leaves: its children die with it, what they had started does not. Return its wait status."""

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from mphub import failpoints
 from mphub.core.delivery import Portion, Range, Spans, Verdict, indexes, length, parts_within, spans_of
 from mphub.core.keys import nearest
 from mphub.core.rows import Row, share
@@ -58,9 +59,13 @@ class Exchange:
         self.boxes: dict[str, Mailbox] = {}
         self.table: RoutingTable[Mailbox] = RoutingTable()
         self.accepted = 0
+        self.closed = False
+        """Nothing is taken in any more."""
         self.unmatched: dict[str, int] = {}
         self.epoch = 1
         self.sequences: dict[int, int] = {}
+        self.homes: dict[int, tuple[int, float]] = {}
+        """publisher -> (pid, start time) of its process."""
         self.frames: dict[int, tuple[int, int]] = {}
         """incarnation -> (last frame committed, delivery number up to which it goes)."""
         self.news: list[News] = []
@@ -87,6 +92,9 @@ class Exchange:
             self.room.relieve()
             self._write_dirty()
             self.room.compact()
+            if self.references.ended:  # for a router that dies before it has removed them
+                self.journal.put("meta", b"ended", encode(self.references.ended))
+        failpoints.hit("router.sweeping")
         self.references.sweep()
 
     def _write_dirty(self) -> None:
@@ -99,7 +107,8 @@ class Exchange:
             self.journal.put("subscribers", b"s" + box.name.encode(), encode(box.state))
         self._dirty.clear()
         for publisher in self._dirty_publishers:
-            self.journal.put("publishers", publisher.to_bytes(8, "big"), encode(self.sequences[publisher]))
+            value = encode((self.sequences[publisher], *self.homes.get(publisher, (0, 0.0))))
+            self.journal.put("publishers", publisher.to_bytes(8, "big"), value)
         self._dirty_publishers.clear()
         for incarnation in self._dirty_frames:
             self.journal.put("frames", incarnation.to_bytes(8, "big"), encode(self.frames[incarnation]))
@@ -204,6 +213,17 @@ class Exchange:
         self.settle(box, portion, list(spans))
 
     # -- events in
+
+    def close(self) -> None:
+        """Take nothing more in, also under the next router."""
+        self.closed = True
+        self.journal.put("meta", b"closed", b"1")
+
+    def meet(self, publisher: int, pid: int, started: float) -> int:
+        """Remember whose publisher this is; return the last sequence that is kept of it."""
+        self.homes[publisher] = pid, started
+        self._dirty_publishers.add(publisher)
+        return self.sequences.setdefault(publisher, 0)
 
     def accept(self, batch: Batch, header: bytes, body: bytes) -> tuple[str, str] | None:
         """Journal a publisher's frame; a repeat is passed over. Return (error, message) if it is refused."""
@@ -554,6 +574,7 @@ class Exchange:
 
     def forget_publisher(self, publisher: int) -> None:
         """Remove what a dead publisher leaves: its sequence, replies nobody reads, files nobody names."""
+        self.homes.pop(publisher, None)
         self.sequences.pop(publisher, None)
         self._dirty_publishers.discard(publisher)
         self.journal.delete("publishers", publisher.to_bytes(8, "big"))

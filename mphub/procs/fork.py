@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from mphub import failpoints
 from mphub.wire.specs import Surroundings
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -36,6 +37,7 @@ def fork(run: Callable[[], int], record: Path, keep: Collection[int] = (), out: 
     sys.stderr.flush()
     pid = os.fork()
     if pid:
+        failpoints.hit("supervisor.forked")
         return pid
     code = 70
     try:
@@ -53,9 +55,11 @@ def _settle_in(parent: int, record: Path, keep: Collection[int], out: Path | Non
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(0)
+    failpoints.hit("child.forked")
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(each, signal.SIG_DFL)
     record.write_text(f"{os.getpid()} {start_ticks(os.getpid())}")
+    failpoints.hit("child.recorded")
     _close_others({0, 1, 2, *keep})
     if out is not None:
         sys.stdout = _redirect(1, f"{out}.out")

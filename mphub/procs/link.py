@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mphub import failpoints
 from mphub.procs import fork
 from mphub.procs.router import Router
 from mphub.wire import frames
@@ -58,6 +59,7 @@ class Link:
         self.owner.selector.unregister(self.pidfd)
         os.close(self.pidfd)
         _, status = os.waitpid(self.pid, 0)
+        failpoints.hit("supervisor.reaped_router")
         self._read()
         self.owner.selector.unregister(self.stream.sock)
         self.stream.close()

@@ -12,19 +12,21 @@ from mphub.wire.stream import Stream
 class PublisherPeer:
     """A publisher at the other end of a stream."""
 
-    __slots__ = ("behind", "hello", "refused", "sequence", "stream", "told")
+    __slots__ = ("behind", "dismissed", "hello", "refused", "sequence", "stream", "told")
 
     def __init__(self, stream: Stream, hello: HelloPublisher, sequence: int) -> None:
         self.stream, self.hello, self.sequence = stream, hello, sequence
         self.told = -1
         self.refused: list[tuple[int, str, str]] = []
         self.behind = False
+        self.dismissed = False
+        """It has been told that the hub stops."""
 
 
 class Seat:
     """An incarnation of a subscriber, as the supervisor announced it."""
 
-    __slots__ = ("board", "box", "fenced", "incarnation", "met", "ready", "stopping", "stream", "told", "unconfirmed")
+    __slots__ = ("awaited", "board", "box", "fenced", "incarnation", "met", "ready", "stopping", "stream", "told", "unconfirmed")
 
     def __init__(self, incarnation: int, box: Mailbox, board: Board) -> None:
         self.incarnation, self.box, self.board = incarnation, box, board
@@ -37,6 +39,12 @@ class Seat:
         self.stopping = False
         self.unconfirmed = 0
         self.told = 0
+        self.awaited = 0
+        """A report before which nothing is handed out: it may put an event before all others."""
+
+    def may_take(self) -> bool:
+        """Say whether more can be handed out to it."""
+        return self.ready and not self.stopping and not self.fenced and self.box.status != "PAUSED" and self.told >= self.awaited
 
 
 def body_of(held: Held) -> bytes:

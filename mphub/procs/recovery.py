@@ -11,7 +11,7 @@ from mphub.core.delivery import length
 from mphub.core.rows import share
 from mphub.procs.mailbox import Mailbox, single_portion
 from mphub.store.journal import Counters, Progress, Single, Stored, SubscriberState
-from mphub.wire.frames import decoder
+from mphub.wire.frames import decoder, encode
 from mphub.wire.specs import Spec
 
 if TYPE_CHECKING:
@@ -26,8 +26,13 @@ def recover(exchange: Exchange) -> None:
     found = exchange.journal.get("meta", b"counters")
     if found is not None:
         exchange.next_row, exchange.epoch, exchange.accepted, exchange.unmatched = msgspec.msgpack.decode(found)
+    exchange.closed = exchange.journal.get("meta", b"closed") is not None
+    for name in msgspec.msgpack.decode(exchange.journal.get("meta", b"ended") or encode([])):
+        exchange.references.end(name)
     for key, value in exchange.journal.scan("publishers"):
-        exchange.sequences[int.from_bytes(key, "big")] = msgspec.msgpack.decode(value)
+        publisher = int.from_bytes(key, "big")
+        exchange.sequences[publisher], *home = msgspec.msgpack.decode(value)
+        exchange.homes[publisher] = (home[0], home[1])
     for key, value in exchange.journal.scan("frames"):
         exchange.frames[int.from_bytes(key, "big")] = msgspec.msgpack.decode(value)
     for key, value in exchange.journal.scan("subscribers", b"d", b"e"):

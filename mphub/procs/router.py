@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from mphub import failpoints
 from mphub.connection import is_alive
 from mphub.core.delivery import Held
 from mphub.errors import JournalError
@@ -57,6 +58,8 @@ LONGEST_WAIT = 3600.0
 """Seconds; a selector refuses to wait for more than some weeks."""
 HELLO_WITHIN = 5.0
 """Seconds after which a connection that has not said who it is is closed."""
+CENSUS = 1.0
+"""Seconds between two looks whether publishers that are not connected live."""
 _batch, _report, _call = decoder(Batch), decoder(Report), decoder(Call)
 _hello_publisher, _hello_subscriber = decoder(HelloPublisher), decoder(HelloSubscriber)
 _taken, _spec = decoder(RepliesTaken), decoder(Spec)
@@ -72,11 +75,15 @@ class Router:
         self.selector = selectors.DefaultSelector()
         self.link = Stream(link)
         self.selector.register(link, selectors.EVENT_READ, self.link)
+        failpoints.hit("router.recovered")
         listener.setblocking(False)
         self.selector.register(listener, selectors.EVENT_READ, None)
         self.publishers: dict[int, PublisherPeer] = {}
         self.seats: dict[int, Seat] = {}
         self.strangers: dict[Stream, float] = {}
+        self.arrived: dict[Stream, list[Frame]] = {}
+        """What this turn has read and not handled yet."""
+        self.census_at = 0.0
         self.drains: list[tuple[int, int]] = []
         self.answers: list[Answer] = []
         self.held: list[str] = []
@@ -92,26 +99,37 @@ class Router:
     def turn(self, ready: list[Stream | None]) -> None:
         """Read, commit, then send what the commit allows."""
         ready.sort(key=lambda stream: stream is not self.link)  # who lives and who died comes first
-        arrived = [(stream, frame) for stream in ready if stream is not None for frame in self._read(stream)]
+        self.arrived = {stream: found for stream in ready if stream is not None and (found := self._read(stream))}
+        failpoints.hit("router.read")
         if None in ready:
             self._accept()
+        if self._someone_is_absent() and time.monotonic() >= self.census_at:
+            self._forget_the_dead()
         now = time.time()
         due = self.exchange.next_due()
-        if arrived or (due is not None and due <= now):
+        if self.arrived or (due is not None and due <= now):
             with self.exchange.turn():
-                for stream, frame in arrived:
-                    self._handle_safely(stream, frame)
+                for stream in list(self.arrived):
+                    self._handle_arrived(stream)
                 self.exchange.wake(now)
+                failpoints.hit("router.committing")
+            failpoints.hit("router.committed")
         for seat in self.seats.values():
             self._pump(seat)
+        failpoints.hit("router.delivered")
         self._send_replies()
+        failpoints.hit("router.replied")
         self._confirm()
         self._update_holds()
+        failpoints.hit("router.confirmed")
         self._answer()
+        failpoints.hit("router.answered")
         self._flush()
 
     def _timeout(self) -> float | None:
         waits = [5.0] if self.strangers else []
+        if self._someone_is_absent():
+            waits.append(max(0.0, self.census_at - time.monotonic()))
         due = self.exchange.next_due()
         if due is not None:
             waits.append(min(max(0.0, due - time.time()), LONGEST_WAIT))
@@ -157,10 +175,11 @@ class Router:
             peer.stream = None
         if isinstance(peer, PublisherPeer) and self.publishers.get(peer.hello.publisher) is peer:
             del self.publishers[peer.hello.publisher]
-            if not is_alive(peer.hello.pid, peer.hello.started):
-                with self.exchange.turn():
-                    self.exchange.forget_publisher(peer.hello.publisher)
         stream.close()
+
+    def _handle_arrived(self, stream: Stream) -> None:
+        for frame in self.arrived.pop(stream, ()):
+            self._handle_safely(stream, frame)
 
     def _handle_safely(self, stream: Stream, frame: Frame) -> None:
         """A malformed frame ends its own connection only."""
@@ -196,7 +215,7 @@ class Router:
         if hello.token != self.token:
             raise ProtocolError("a hello with a wrong token")
         self.strangers.pop(stream, None)
-        last = self.exchange.sequences.get(hello.publisher, 0)
+        last = self.exchange.meet(hello.publisher, hello.pid, hello.started)
         peer = stream.peer = PublisherPeer(stream, hello, last)
         self.publishers[hello.publisher] = peer
         stream.send(frames.HOLD, encode(Hold(self.held)))  # also if nothing is held: its last router may have said otherwise
@@ -204,13 +223,15 @@ class Router:
             self.exchange.letters.replies.setdefault(hello.publisher, []).append(reply)
 
     def _from_publisher(self, peer: PublisherPeer, kind: int, header: bytes, body: bytes) -> None:
-        if kind == frames.BATCH:
+        if kind == frames.BATCH and not self.exchange.closed:
             batch = _batch.decode(header)
             check_batch(batch, peer, body)
             refused = self.exchange.accept(batch, header, body)
             if refused is not None:
                 peer.refused.append((batch.sequence, *refused))
             peer.sequence = max(peer.sequence, batch.sequence)
+        elif kind == frames.BATCH:
+            return  # it is told that the hub stops, not that this was accepted
         elif kind == frames.REPLIES_TAKEN:
             self.exchange.letters.taken(peer.hello.publisher, _taken.decode(header).numbers)
             if peer.behind and len(peer.stream.out) < MAX_UNREAD // 2:
@@ -219,6 +240,19 @@ class Router:
         else:
             raise ProtocolError(f"kind {kind} from a publisher")
 
+    def _someone_is_absent(self) -> bool:
+        return len(self.exchange.homes) > len(self.publishers)
+
+    def _forget_the_dead(self) -> None:
+        """Forget publishers whose process is dead: it may have died between two routers, and its stream ends before it does."""
+        self.census_at = time.monotonic() + CENSUS
+        absent = {publisher: home for publisher, home in self.exchange.homes.items() if publisher not in self.publishers}
+        alive = {home for home in set(absent.values()) if is_alive(*home)}
+        with self.exchange.turn():
+            for publisher, home in absent.items():
+                if home not in alive:
+                    self.exchange.forget_publisher(publisher)
+
     def _confirm(self) -> None:
         """Confirm after the deliveries: a confirm can wait, a round trip cannot."""
         for peer in self.publishers.values():
@@ -226,6 +260,9 @@ class Router:
                 peer.told = peer.sequence
                 peer.stream.send(frames.CONFIRM, encode(Confirm(peer.sequence, peer.refused)))
                 peer.refused = []
+            if self.exchange.closed and not peer.dismissed:
+                peer.dismissed = True
+                peer.stream.send(frames.CLOSED)
 
     def _send_replies(self) -> None:
         replies = self.exchange.letters.replies
@@ -263,6 +300,7 @@ class Router:
         delivery = seat.box.delivery
         delivery.give_back()  # on a reconnect; a successor holds nothing yet
         delivery.generation = max(delivery.generation, hello.generation)
+        seat.awaited = hello.frame
         self.exchange.claim(seat.box, seat.incarnation, hello.claims, list(seat.board.ranges()))
         snapshot = None if hello.ready else self.exchange.letters.snapshot(seat.box.name)
         stream.send(frames.WELCOME, encode(Welcome(seat.told, *(snapshot or ()))))
@@ -298,7 +336,7 @@ class Router:
         stream = seat.stream
         if stream is None:
             return
-        if seat.ready and not seat.stopping and not seat.fenced and seat.box.status != "PAUSED":
+        if seat.may_take():
             while len(stream.out) < MAX_AHEAD and (held := seat.box.delivery.take()) is not None:
                 self._hand_out(seat, stream, held)
         if seat.unconfirmed > CONFIRM_EVERY or (seat.stopping and seat.unconfirmed):
@@ -315,7 +353,10 @@ class Router:
             None if whole else [i - held.index for a, b in held.spans for i in range(a, b)], attempts,
         )  # fmt: skip
         seat.unconfirmed = 0
-        stream.send(frames.DELIVER, encode(header), body_of(held))
+        failpoints.hit("router.handed_out")
+        stream.put(frames.DELIVER, encode(header), body_of(held))
+        failpoints.hit("router.half_delivered", stream.sock.send, stream.out)
+        stream.flush()
 
     # -- the supervisor
 
@@ -348,7 +389,8 @@ class Router:
         self.exchange.forget(name, reason)
 
     def do_give_up(self, reason: str) -> int:
-        """Drop all that waits: a stop without drain."""
+        """Take nothing more in and drop all that waits: the hub stops."""
+        self.exchange.close()
         return sum(self.exchange.drop_pending(box, reason) for box in self.exchange.boxes.values())
 
     def do_status(self, name: str, status: str) -> None:
@@ -382,6 +424,7 @@ class Router:
         if seat is None:
             return
         self._read_last(seat)
+        failpoints.hit("router.settling")
         board = seat.board
         blamed = board.number_at(slot) if charge == "slot" and slot is not None else None
 
@@ -402,9 +445,10 @@ class Router:
         stream = seat.stream
         if stream is None:
             return
+        self._handle_arrived(stream)  # in their order: a later report acks what an earlier one brings
         while found := self._read(stream):
-            for frame in found:
-                self._handle_safely(stream, frame)
+            self.arrived[stream] = found
+            self._handle_arrived(stream)
         if seat.stream is stream:  # a grandchild keeps it open
             stream.peer = None
             self._drop(stream)

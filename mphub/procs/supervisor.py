@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mphub import failpoints
 from mphub.core.restarts import RestartCounter
 from mphub.procs import boot, fork
 from mphub.procs.boot import Charter
@@ -72,6 +73,7 @@ class Supervisor:
             self._settle(child, "none", {"reason": "crash"})
 
         def adopt(found: list[tuple[bytes, str]]) -> None:
+            failpoints.hit("supervisor.adopting")
             early, self.early = self.early or [], None
             for encoded, status in found:
                 spec = _spec.decode(encoded)
@@ -241,17 +243,20 @@ class Supervisor:
             fork.take_surroundings(spec.surroundings)
             return run_worker(address, spec, incarnation, board.path, child.crash_file)
 
+        failpoints.hit("supervisor.announced")
         child.pid = fork.fork(run, child.record, out=logs)
         child.pidfd = os.pidfd_open(child.pid)
         self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._reap(ward, child))
         ward.child = child
         self._set_state(ward, "STARTING")
+        failpoints.hit("supervisor.started")
 
     def _reap(self, ward: Ward, child: Child) -> None:
         """A child is dead: end what it started, settle its events, decide about the next."""
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         fork.kill_session(child.pid)
         _, status, usage = os.wait4(child.pid, 0)
+        failpoints.hit("supervisor.reaped")
         self.selector.unregister(child.pidfd)
         os.close(child.pidfd)
         self._tell_output(child, last=True)
@@ -277,13 +282,16 @@ class Supervisor:
         """Let the router settle what a dead process held, then forget it."""
 
         def settled(_: object) -> None:
+            failpoints.hit("supervisor.settled")
             del self.unsettled[child.incarnation]
             child.remove_files()
+            failpoints.hit("supervisor.removed")
             self.link.tell("settled", incarnation=child.incarnation)
             self._say_farewells()
 
         self.unsettled[child.incarnation] = child
         self.link.ask("died", settled, incarnation=child.incarnation, charge=charge, slot=child.overran, cause=cause)
+        failpoints.hit("supervisor.settling")
 
     def _decide(self, ward: Ward, child: Child, exit_: str | int, text: str, *, finished: bool, by_itself: bool) -> None:
         if child.ending in ("stop", "restart") and child.ready and text and exit_ == 1:
@@ -384,8 +392,10 @@ class Supervisor:
     def do_subscribe(self, answer: Reply, spec: bytes) -> None:
         """Commit a subscription, answer, then fork its process."""
         found = _spec.decode(spec)
+        failpoints.hit("supervisor.subscribing")
 
         def committed(_: object) -> None:
+            failpoints.hit("supervisor.subscribed")
             answer()
             if found.name not in self.wards:  # else the call is repeated: its answer was lost with a supervisor
                 ward = self.wards[found.name] = Ward(found, RestartCounter(found.restart))
@@ -403,6 +413,7 @@ class Supervisor:
         ward.start_at = None
 
         def when_dead() -> None:
+            failpoints.hit("supervisor.unsubscribing")
             del self.wards[name]
             self.link.ask("forget", answer, name=name, reason="unsubscribed")
 
@@ -449,12 +460,13 @@ class Supervisor:
         self.link.ask("statistics", merge)
 
     def do_stop_subscribers(self, answer: Reply) -> None:
-        """End all subscribers by the ladder; answer when they are settled."""
-        self._once_dead(list(self.wards.values()), answer)
+        """End all subscribers by the ladder, and when they are settled drop what waits; answer how much that was."""
+        self._once_dead(list(self.wards.values()), lambda: self.link.ask("give_up", answer, reason="stopped"))
 
     def do_close(self, answer: Reply) -> None:
         """End the hub."""
         self.link.tell("close")
+        failpoints.hit("supervisor.closing")
         answer()
         self.desk.flush()
         self.stopping = True

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from mphub import failpoints
 from mphub.connection import Address, connection_to
 from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING
 from mphub.core.keys import matches
@@ -101,6 +102,7 @@ class Worker:
         data = self.blobs.read(self.spec.handler_blob) if self.spec.handler_blob else self.spec.handler
         self.work = handlers.loads(data)
         self.runner = handlers.load(self.work, self.name)
+        self.runner.call = failpoints.between("worker.running", self.runner.call, "worker.returned")
         subscriber = self.runner.subscriber
         if subscriber is not None:
             subscriber.setup()
@@ -112,9 +114,11 @@ class Worker:
         self.is_ready = True
         self.board.raise_flag(READY)
         self._commit_outputs()
+        failpoints.hit("worker.set_up")
         self._send(frames.READY)
 
     def _tear_down(self) -> None:
+        failpoints.hit("worker.stopping")
         if self.spec.snapshot is not None and self.unsaved:
             self._report()
         if self.runner.subscriber is not None:
@@ -138,7 +142,7 @@ class Worker:
         while True:
             try:
                 line = Line.connect(self.address.data)
-                hello = HelloSubscriber(self.address.token, self.incarnation, self.is_ready, list(self.claims), self.generation)
+                hello = HelloSubscriber(self.address.token, self.incarnation, self.is_ready, list(self.claims), self.generation, self.frame)
                 line.send(frames.HELLO_SUBSCRIBER, encode(hello))
             except OSError:
                 time.sleep(0.01)  # between two routers; without a supervisor this process dies anyway
@@ -148,6 +152,7 @@ class Worker:
                 self.line = line
                 welcome = _welcome.decode(got[1])
                 self._forget_confirmed(welcome.confirmed)
+                failpoints.hit("worker.welcome")
                 return welcome
             line.close()
             time.sleep(0.01)
@@ -198,6 +203,7 @@ class Worker:
 
     def _write(self, data: bytes) -> None:
         assert self.line is not None
+        failpoints.hit("worker.half_sent", self.line.sock.send, data)
         try:
             self.line.sock.sendall(data)
         except OSError:
@@ -207,6 +213,7 @@ class Worker:
 
     def _handle(self, deliver: Deliver, body: bytes) -> None:
         """Run the handler for the events of one frame, and report."""
+        failpoints.hit("worker.read")
         self.deliver, self.offsets = deliver, deliver.chosen if deliver.chosen is not None else range(deliver.count)
         self.last = deliver.number + self.offsets[-1]
         self.events = self._from_blob(deliver) if deliver.batch.blob is not None else split(body)
@@ -347,6 +354,7 @@ class Worker:
 
     def _report(self, *, returned: bool = False) -> None:
         """Send acks, failures, outputs, replies and snapshot as one numbered frame."""
+        failpoints.hit("worker.reporting")
         snapshot, blob = self._take_snapshot()
         self.frame += 1
         report = Report(
@@ -358,6 +366,7 @@ class Worker:
         self.last_report = time.monotonic()
         self.unconfirmed.append((self.frame, self.upto, data))
         self._write(data)
+        failpoints.hit("worker.reported")
 
     def _take_snapshot(self) -> tuple[bytes | None, str | None]:
         if self.spec.snapshot is None or self.runner.subscriber is None or not self.unsaved:

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+from mphub import failpoints
 from mphub.wire.frames import BLOB_MIN
 
 
@@ -25,10 +26,12 @@ class Blobs:
         path = self.folder / name
         try:
             with open(path, "xb") as file:
+                failpoints.hit("blobs.half_written", file.raw.write, data)
                 file.write(data)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+        failpoints.hit("blobs.written")
         return name
 
     def spill(self, data: bytes) -> tuple[bytes, str | None]:
@@ -64,7 +67,8 @@ class References:
         self._held: dict[str, tuple[int, int]] = {}
         """name -> (references, bytes)."""
         self._of_row: dict[int, str] = {}
-        self._ended: list[str] = []
+        self.ended: list[str] = []
+        """Files that go after the commit."""
 
     def hold(self, name: str | None) -> None:
         """Count one more reference, if there is a blob at all."""
@@ -94,22 +98,22 @@ class References:
             self._held[name] = (count - 1, size)
         else:
             self.bytes -= size
-            self._ended.append(name)
+            self.ended.append(name)
 
     def end(self, name: str | None) -> None:
         """Let a file that nothing refers to go with the next commit."""
         if name is not None:
-            self._ended.append(name)
+            self.ended.append(name)
 
     def end_of_writer(self, writer: int) -> None:
         """Let go what a dead writer left and nothing refers to."""
-        self._ended.extend(name for name in self.blobs.of_writer(writer) if name not in self._held)
+        self.ended.extend(name for name in self.blobs.of_writer(writer) if name not in self._held)
 
     def sweep(self) -> None:
         """Remove the files whose last reference has ended; to be called after the commit."""
-        for name in self._ended:
+        for name in self.ended:
             self.blobs.remove(name)
-        self._ended.clear()
+        self.ended.clear()
 
     def _size(self, name: str) -> int:
         try:

@@ -163,6 +163,8 @@ class HelloSubscriber(Wire, frozen=True):
     claims: list[tuple[int, int]] = []
     """(first delivery number, count) of what it has run and does not know to be committed."""
     generation: int = 0
+    frame: int = 0
+    """Of its last report: what is not confirmed follows at once, and may give events back."""
 
 
 class Welcome(Wire, frozen=True):

@@ -94,8 +94,12 @@ class Stream:
 
     def send(self, kind: int, header: bytes = b"", body: bytes | memoryview = b"") -> None:
         """Send, or keep for the next ``flush``."""
-        self.out += frame(kind, header, body)
+        self.put(kind, header, body)
         self.flush()
+
+    def put(self, kind: int, header: bytes = b"", body: bytes | memoryview = b"") -> None:
+        """Keep for the next ``flush``."""
+        self.out += frame(kind, header, body)
 
     def flush(self) -> None:
         """Write what waits, as far as the socket takes it."""

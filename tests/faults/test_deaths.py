@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +20,9 @@ import pytest
 
 import mphub
 from mphub import EventHub, Inbox, Restart, Retry, Snapshot, Subscriber, Subscription
+from mphub.connection import connection_to
+from mphub.procs import boot
+from mphub.wire.stream import shut
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
@@ -236,6 +240,36 @@ def test_retries_at_once_are_neither_lost_nor_repeated_when_the_router_dies(tmp_
     assert firsts == sorted(firsts)
 
 
+def test_a_retry_at_once_keeps_its_place_when_the_router_dies_over_its_failure(tmp_path: Path) -> None:
+    log, go = tmp_path / "log", tmp_path / "go"
+    hub = EventHub()
+
+    def handle(n: int) -> bytes:
+        attempt = mphub.current_event().attempt
+        note(log, f"{n} {attempt}")
+        if n == 100:
+            assert eventually(go.exists)
+        if n == 115 and attempt == 1:
+            raise KeyError(n)
+        return bytes(40_000)  # so that the new router does not read all reports at once
+
+    hub.subscribe("k", handle, name="k", to="made", retry=Retry(on=KeyError, delay=0))
+    hub.subscribe("made", len)
+    with hub:
+        hub.publish_batch("k", range(100))
+        hub.drain(20)
+        for n in range(100, 140):
+            hub.publish("k", n, confirm=True)
+        assert eventually(lambda: "100 1" in lines(log))
+        router = hub.statistics().pids["router"]
+        os.kill(router, signal.SIGSTOP)
+        go.touch()
+        time.sleep(0.2)
+        os.kill(router, signal.SIGKILL)
+        hub.drain(20)
+    assert lines(log) == [*(f"{n} 1" for n in range(116)), "115 2", *(f"{n} 1" for n in range(116, 140))]
+
+
 @pytest.mark.timeout(120)
 def test_outputs_too_large_for_a_frame_are_neither_lost_nor_doubled_when_the_router_dies(tmp_path: Path) -> None:
     log = tmp_path / "log"
@@ -255,6 +289,64 @@ def test_outputs_too_large_for_a_frame_are_neither_lost_nor_doubled_when_the_rou
                 os.kill(hub.statistics().pids["router"], signal.SIGKILL)
         hub.drain(60)
     assert lines(log) == [f"{n} {i}" for n in range(20) for i in range(40)]
+
+
+def test_reports_of_a_dead_process_are_taken_in_their_order(tmp_path: Path) -> None:
+    log, go = tmp_path / "log", tmp_path / "go"
+    hub = EventHub()
+
+    def make(n: int) -> tuple[int, bytes]:
+        if n == 1000:
+            hub.publish("begun", n, now=True)
+            while not go.exists():
+                time.sleep(0.001)
+        return n, bytes(30_000)
+
+    begun = tmp_path / "begun"
+    hub.subscribe("k", make, name="make", to="made")
+    hub.subscribe("made", lambda made: note(log, made[0]), name="log")
+    hub.subscribe("begun", lambda n: begun.touch(), name="begun")
+    with hub:
+        hub.publish_batch("k", range(200))
+        hub.drain(20)
+        hub.publish_batch("k", range(1000, 1060))
+        assert eventually(begun.exists, 5)
+        hub.flush()
+        time.sleep(0.1)
+        router = hub.statistics().pids["router"]
+        worker = hub.statistics().subscribers["make"].pids[0]
+        os.kill(router, signal.SIGSTOP)
+        go.touch()
+        time.sleep(0.5)
+        os.kill(worker, signal.SIGKILL)
+        time.sleep(0.3)
+        os.kill(router, signal.SIGCONT)
+        hub.drain(20)
+    assert [int(row) for row in lines(log)] == [*range(200), *range(1000, 1060)]
+
+
+def test_files_of_publishers_that_died_between_two_routers_go() -> None:
+    hub = EventHub()
+    hub.subscribe("k", len, name="k")
+
+    def leave_a_file() -> None:
+        hub.publish("k", b"", confirm=True)
+        connection_to(hub._address)._blobs.write(bytes(100_000))
+        time.sleep(600)
+
+    with hub:
+        blobs = Path(hub._address.folder) / "blobs"
+        publishers = [multiprocessing.get_context("fork").Process(target=leave_a_file) for _ in range(3)]
+        for publisher in publishers:
+            publisher.start()
+        assert eventually(lambda: len(os.listdir(blobs)) == 3)
+        router = hub.statistics().pids["router"]
+        os.kill(router, signal.SIGSTOP)
+        for publisher in publishers:
+            publisher.kill()
+            publisher.join()
+        os.kill(router, signal.SIGKILL)
+        assert eventually(lambda: not os.listdir(blobs))
 
 
 def test_random_kills_of_subscribers_and_router_lose_nothing(tmp_path: Path) -> None:
@@ -325,6 +417,43 @@ def test_calls_that_wait_are_answered_by_the_next_supervisor() -> None:
         assert (found["late"].state, found["late"].handled) == ("STOPPED", 1), "its books stay"
 
 
+def test_the_first_publish_of_a_process_waits_for_the_next_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    hub = EventHub()
+    hub.subscribe("k", lambda n: note(log, n), name="log")
+    launch = boot.launch
+
+    def launch_late(charter: boot.Charter) -> subprocess.Popen[bytes]:
+        time.sleep(0.3)
+        return launch(charter)
+
+    with hub:
+        monkeypatch.setattr(boot, "launch", launch_late)
+        os.kill(hub.statistics().pids["supervisor"], signal.SIGKILL)
+        time.sleep(0.1)
+        publisher = multiprocessing.get_context("fork").Process(target=hub.publish, args=("k", 1))
+        publisher.start()
+        publisher.join()
+        assert publisher.exitcode == 0
+        hub.drain(20)
+    assert lines(log) == ["1"]
+
+
+def test_a_torn_call_reaches_the_same_supervisor_over_another_stream() -> None:
+    hub = EventHub()
+    hub.subscribe("k", time.sleep, name="slow")
+    with hub:
+        before = hub.statistics().pids
+        hub.publish("k", 0.3)
+        drain = threading.Thread(target=hub.drain)
+        drain.start()
+        for _ in range(5):
+            shut(hub._engine.client._line.sock)  # type: ignore[union-attr]
+            assert hub.statistics().pids == before
+        drain.join()
+        assert hub.statistics().subscribers["slow"].handled == 1
+
+
 def test_a_hub_between_two_supervisors_is_not_swept_by_another() -> None:
     hub = EventHub()
     hub.subscribe("k", lambda n: n, name="k")
@@ -346,6 +475,29 @@ def test_a_fatal_one_stays_fatal_under_the_next_supervisor() -> None:
             hub.drain(20)
         assert broken.statistics().pids == ()
         hub.stop(drain=False)
+
+
+def test_a_start_ends_though_the_next_supervisor_was_ready_before_anybody_listened(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = boot.launch
+
+    def launch_late(charter: boot.Charter) -> subprocess.Popen[bytes]:
+        process = launch(charter)
+        time.sleep(0.5)
+        return process
+
+    class Slow(Subscriber[int, None]):
+        def setup(self) -> None:
+            time.sleep(0.2)
+
+        def handle(self, payload: int) -> None: ...
+
+    hub = EventHub()
+    slow = hub.subscribe("k", Slow)
+    hub.start(wait=False)
+    monkeypatch.setattr(boot, "launch", launch_late)
+    os.kill(hub.statistics().pids["supervisor"], signal.SIGKILL)
+    slow.wait_ready(10)
+    hub.stop()
 
 
 @pytest.mark.parametrize("victim", ["hub", "supervisor"])
