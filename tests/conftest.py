@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ MARK = "MPHUB_TEST_RUN"
 RUN = str(os.getpid())
 # Every process started from here inherits the mark, so that test runs side by side do not blame each other.
 os.environ[MARK] = RUN
+# A shell's background job ignores Ctrl-C, and so would the scripts that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import sys
 import traceback
-from types import ModuleType
+from collections import ChainMap
+from collections.abc import Callable
+from functools import cache
+from types import CodeType
+from typing import Any
 
 from mphub.errors import PayloadError, RemoteError
 
@@ -44,7 +49,9 @@ def check_size(data: bytes, largest: int) -> None:
 def encode_by_value(payload: object, what: str) -> bytes:
     """Pickle with cloudpickle: lambdas, closures and what ``__main__`` defines."""
     try:
-        return bytes(_cloudpickle().dumps(payload, 5))
+        file = io.BytesIO()
+        _pickler()(file, 5).dump(payload)
+        return file.getvalue()
     except Exception as error:
         raise PayloadError(
             f"{what} cannot be pickled: got {_short(payload)} ({type(error).__name__}: {error}); "
@@ -86,13 +93,28 @@ def traceback_text(error: BaseException) -> str:
     return shortened("".join(traceback.format_exception(type(error), error, trace)))
 
 
-def _cloudpickle() -> ModuleType:
+def _pickler() -> type[pickle.Pickler]:
     import cloudpickle  # 20 ms that most publishers never need
 
     script = sys.modules.get("__mp_main__")
     if script is not None and "__mp_main__" not in cloudpickle.list_registry_pickle_by_value():
         cloudpickle.register_pickle_by_value(script)
-    return cloudpickle  # type: ignore[no-any-return]
+    return _with_file_names(cloudpickle.Pickler)
+
+
+@cache
+def _with_file_names(base: Any) -> type[pickle.Pickler]:
+    """Let code know the file that it is from: cloudpickle 3.1.3 leaves that out, and a traceback then shows no line."""
+    reduce = base.dispatch_table[CodeType]
+
+    class Pickler(base):  # type: ignore[misc]
+        dispatch_table = ChainMap({CodeType: lambda code: (_code, (code.co_filename, *reduce(code)))}, base.dispatch_table)
+
+    return Pickler
+
+
+def _code(file: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> CodeType:
+    return make(*args).replace(co_filename=file)
 
 
 def _short(value: object) -> str:

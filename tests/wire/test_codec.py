@@ -23,6 +23,14 @@ def test_lambdas_and_closures_travel_by_value() -> None:
     assert pickle.loads(codec.encode(lambda n: n * factor))(2) == 6
 
 
+def test_what_travels_by_value_knows_the_file_that_it_is_from() -> None:
+    def outer() -> object:
+        return lambda: None
+
+    sent = pickle.loads(codec.encode(outer))
+    assert sent.__code__.co_filename == sent().__code__.co_filename == __file__
+
+
 def test_a_word_that_looks_like_main_does_no_harm() -> None:
     for payload in ("__main__", b"__mp_main__", {"main__": 1}):
         assert pickle.loads(codec.encode(payload)) == payload
