@@ -100,15 +100,20 @@ class Connection:
         self.id = int.from_bytes(os.urandom(8), "big")
         self._base = self.id << 40
         self._pid = os.getpid()
-        self._lock = threading.RLock()
+        self._born = 0.0
+        """When this process was; asked once, as that takes a descriptor."""
+        self._lock = threading.RLock()  # of an owner: an interrupted wait must not release another thread's
         self._is_mine = self._lock._is_owned  # type: ignore[attr-defined]  # as Condition uses it
         self._changed = threading.Condition(self._lock)
         self._line: Line | None = None
         self._thread: threading.Thread | None = None
         self._blobs = Blobs(f"{self.address.folder}/blobs", self.id)
-        self._sequence = 0
+        self._sequence = self._written = 0
+        """The last frames that were made and that were sent."""
         self._first = 1
         self._events: list[bytes] = []
+        self._runs: list[tuple[str, int]] = []
+        self._extras: dict[int, Extra] = {}
         self._key: str | None = None
         """That of the batch's last run."""
         self._size = 0
@@ -198,9 +203,14 @@ class Connection:
         with self._enter():
             self._ready(PLAIN)
             self._send()
-            for key, data, extra in events:
-                self._append(key, data, extra)
-            self._wait_own(self._send())
+            try:
+                for key, data, extra in events:
+                    self._append(key, data, extra)
+                sequence = self._send()
+            except BaseException:
+                self._clear_batch()  # a part of them must not go with what comes next; if they are sent it is empty
+                raise
+            self._wait_own(sequence)
         return len(events)
 
     def _enter(self) -> AbstractContextManager[bool]:
@@ -253,14 +263,16 @@ class Connection:
         if self._key != key:
             self._begin_run(key)
         place = len(self._events)
+        size = len(data) + (extra.size if extra is not None else 0)
+        # no call from here on, see _send
         if extra is not None:
             self._extras[place] = extra
-            self._size += extra.size
-        self._size += len(data)
-        self._events.append(data)
+        self._size += size
+        self._events += [data]
         return self._first + place
 
     def _begin_run(self, key: str) -> None:
+        self._key = None  # an interrupt in here must not leave the next event to this run
         self._runs.append((key, len(self._events)))
         self._key = key
         self._size += len(key) + 8
@@ -282,6 +294,8 @@ class Connection:
     def _send(self, *, strict: bool = False) -> int:
         """Send the batch, if any; return the sequence number of the last frame."""
         if not self._events:
+            if self._written != self._sequence:
+                self._write()
             return self._sequence
         target, reply, epoch = self._mode
         body = join(self._events)
@@ -297,11 +311,14 @@ class Connection:
             )
         )  # fmt: skip
         data = frames.frame(frames.BATCH, header, body)
-        self._sequence = sequence
-        self._clear_batch()  # and nothing before the next line, so that an interrupt finds the batch in one place
-        self._unconfirmed.append((sequence, data))
+        first = self._first + len(self._events)
+        first_id = self._base + first
+        # no call in these lines: an interrupt comes after one, and must find the batch in one place
+        self._unconfirmed += [(sequence, data)]
+        self._sequence, self._first, self._first_id = sequence, first, first_id
+        self._events, self._runs, self._key, self._extras, self._size = [], [], None, {}, 0
         failpoints.hit("publisher.batched")
-        self._write(data)
+        self._write()
         return sequence
 
     def _write_file(self, data: bytes) -> str:
@@ -315,24 +332,26 @@ class Connection:
         self._first += len(self._events)
         self._first_id = self._base + self._first
         self._events = []
-        self._runs: list[tuple[str, int]] = []
+        self._runs = []
         self._key = None
-        self._extras: dict[int, Extra] = {}
+        self._extras = {}
         self._size = 0
 
-    def _write(self, data: bytes) -> None:
-        """Send a whole frame; without a line it goes out after the next connect."""
+    def _write(self) -> None:
+        """Send the frames that have not been sent; without a line they go out after the next connect."""
         if self._line is None:
             return
-        failpoints.hit("publisher.half_sent", self._line.sock.send, data)
-        try:
-            self._line.sock.sendall(data)
-            failpoints.hit("publisher.sent")
-        except OSError:
-            shut(self._line.sock)
-        except BaseException:  # an interrupt in the middle of a frame: the reader connects anew and sends it whole
-            shut(self._line.sock)
-            raise
+        for sequence, data in [each for each in self._unconfirmed if each[0] > self._written]:
+            failpoints.hit("publisher.half_sent", self._line.sock.send, data)
+            try:
+                self._written = sequence
+                self._line.sock.sendall(data)
+                failpoints.hit("publisher.sent")
+            except OSError:
+                shut(self._line.sock)
+            except BaseException:  # an interrupt in the middle of a frame: the reader connects anew and sends it whole
+                shut(self._line.sock)
+                raise
 
     def _wait_released(self, key: str) -> None:
         """Wait while the key is held: a subscriber that it is for has a full inbox."""
@@ -426,24 +445,30 @@ class Connection:
         self._thread.start()
 
     def _first_hello(self) -> Line:
-        """Connect; a hub that lives may be between two routers or two supervisors."""
+        """Say hello; wait while the hub is between two routers or two supervisors.
+
+        Raises HubClosed.
+        """
         deadline = time.monotonic() + SILENCE
         while True:
             try:
                 return self._hello()
             except OSError as error:
-                if not self._hub_lives() or time.monotonic() > deadline:
-                    raise HubClosed(f"hub {self.address.name!r} is not running: start it first ({error.strerror})") from None
-                time.sleep(0.01)
+                gone = isinstance(error, FileNotFoundError | ConnectionError)
+                if not gone or not self._hub_lives() or time.monotonic() > deadline:
+                    what = "is not running: start it first" if gone else "cannot be reached"
+                    raise HubClosed(f"hub {self.address.name!r} {what} ({error.strerror})") from None
+            time.sleep(0.01)
 
     def _hub_lives(self) -> bool:
         """Say whether there is a hub at all: a stopped one has no folder."""
         return os.path.exists(self.address.folder) and is_alive(self.address.pid, self.address.started)
 
     def _hello(self) -> Line:
+        if not self._born:
+            self._born = psutil.Process().create_time()
         line = Line.connect(self.address.data)
-        me = psutil.Process()
-        line.send(frames.HELLO_PUBLISHER, encode(HelloPublisher(self.address.token, self.id, me.pid, me.create_time())))
+        line.send(frames.HELLO_PUBLISHER, encode(HelloPublisher(self.address.token, self.id, self._pid, self._born)))
         failpoints.hit("publisher.met")
         return line
 
@@ -492,7 +517,8 @@ class Connection:
             self._send_if_few()
 
     def _send_if_few(self) -> None:
-        if self._events and len(self._unconfirmed) < FEW:
+        # a large batch is sent by who filled it: if its file cannot be written, that is who is to hear of it
+        if self._events and len(self._unconfirmed) < FEW and self._size < BATCH_BYTES:
             self._send()
 
     def _answered(self, line: Line, reply: frames.Reply) -> None:
@@ -520,9 +546,8 @@ class Connection:
                 continue
             if first:
                 with self._lock:
-                    self._line = line
-                    for _, data in self._unconfirmed:
-                        self._write(data)
+                    self._line, self._written = line, 0
+                    self._write()
                 return line
             line.close()
             if time.monotonic() > deadline:

@@ -31,6 +31,8 @@ from mphub.wire.specs import Spec
 
 KEPT_PAYLOADS = 16 << 20
 """Bytes of dead letters' payloads that outlive an in-memory hub."""
+SETTLED_WITHIN = 30.0
+"""Seconds, beyond the stop ladder's, after which a stop does without the final figures."""
 TOLD_WITHIN = 1.0
 """Seconds that a drain or stop waits for output to be written."""
 Watcher = bool | Callable[[Progress], None]
@@ -178,7 +180,7 @@ class ProcessEngine:
         """End the subscribers; return how many events are given up."""
         with contextlib.suppress(Exception):  # what cannot be flushed any more is in the log
             self.connection.flush(self.stop.ask)
-        return int(self.client.call("stop_subscribers"))
+        return int(self.client.call("stop_subscribers", self.stop.ask + self.stop.term + SETTLED_WITHIN))
 
     def close(self) -> None:
         self.client.close()

@@ -217,6 +217,8 @@ class EventHub:
             with contextlib.suppress(HubClosed):
                 self._given_up = engine.stop_subscribers()
                 self._final = (engine.statistics(), engine.dead_letters(None))
+        except TimeoutError:
+            log.error("hub %r: its processes do not answer: they are killed, and there are no final figures", self.name)
         finally:
             self._engine = self._here = None
             engine.close()

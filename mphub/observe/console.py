@@ -19,6 +19,7 @@ SEVERITY = {
     "death": "error",
     "FATAL": "critical",
     "held": "warning",
+    "shortage": "error",
     "unmatched": "warning",
     "failure": "warning",
     "dead_letter": "warning",

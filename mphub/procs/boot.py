@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -79,9 +80,9 @@ def sweep(parent: Path) -> None:
     """Remove the folders of this user's dead hubs, and what their subscribers had started."""
     for folder in parent.glob(f"mphub-{os.getuid()}-*"):
         with contextlib.suppress(OSError):
-            found = folder.stat()
+            found = folder.lstat()  # a link of another user's leads anywhere
             unborn = not (folder / "owner").exists() and time.time() - found.st_mtime < FRESH
-            if found.st_uid == os.getuid() and not unborn and folder not in _ours:
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not unborn and folder not in _ours:
                 _sweep_one(folder)
 
 
@@ -95,12 +96,16 @@ def _sweep_one(folder: Path) -> None:
 def kill_recorded(folder: Path, within: float = 2.0) -> None:
     """Kill the sessions of all children that a dead supervisor has recorded, and wait until they are gone, at most some seconds."""
     deadline = time.monotonic() + within
+    ended: set[int] = set()
     for pid, ticks in recorded(folder):
         while fork.start_ticks(pid) in (0, ticks):  # not a number that was given out anew
-            fork.kill_session(pid)
+            ended |= {pid, *fork.kill_session(pid)}
             if fork.is_gone(pid, ticks) or time.monotonic() > deadline:
                 break
             time.sleep(0.001)
+    for pid in ended:
+        with contextlib.suppress(ChildProcessError):  # mostly; but a hub that is init has its supervisor's orphans
+            os.waitpid(pid, 0)
 
 
 def recorded(folder: Path) -> Iterator[tuple[int, int]]:
@@ -116,25 +121,32 @@ def launch(charter: Charter) -> subprocess.Popen[bytes]:
 
     Raises StartFailed with its last words.
     """
-    reader, writer = os.pipe()
-    answer, told = os.pipe()
-    root = str(Path(__file__).resolve().parents[2])
-    code = f"import sys; sys.path[:0] = [{root!r}]; from mphub.procs import boot; boot.main({reader}, {told})"
-    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    # not -m: that would run a selectors.py of the user's; not multiprocessing: that would run the user's script
-    command = [sys.executable, *flags, "-P", "-c", code, "mphub.procs.boot"]
-    try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(reader, told), start_new_session=True)
-    finally:
-        os.close(reader)
-        os.close(told)
-    with os.fdopen(writer, "wb") as pipe:
-        pipe.write(msgspec.msgpack.encode((charter, [os.fsencode(entry) for entry in sys.path])))
-    with os.fdopen(answer, "rb") as pipe:
-        said = pipe.read(len(STARTED))
+    with contextlib.ExitStack() as ends:
+        (reader, writer), (answer, told) = _pipe(ends), _pipe(ends)
+        process = _run_supervisor(reader, told)
+        with contextlib.suppress(BrokenPipeError), writer:  # it has died already, and said why
+            writer.write(msgspec.msgpack.encode((charter, [os.fsencode(entry) for entry in sys.path])))
+        said = answer.read(len(STARTED))
         if said != STARTED:
-            _explain(process, (said + pipe.read()).decode(errors="replace"))
+            _explain(process, (said + answer.read()).decode(errors="replace"))
     return process
+
+
+def _pipe(ends: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
+    reader, writer = os.pipe()
+    return ends.enter_context(open(reader, "rb")), ends.enter_context(open(writer, "wb"))
+
+
+def _run_supervisor(reader: IO[bytes], told: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start the interpreter; its ends of the pipes are closed here."""
+    with reader, told:
+        ends = (reader.fileno(), told.fileno())
+        root = str(Path(__file__).resolve().parents[2])
+        code = f"import sys; sys.path[:0] = [{root!r}]; from mphub.procs import boot; boot.main{ends}"
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        # not -m: that would run a selectors.py of the user's; not multiprocessing: that would run the user's script
+        command = [sys.executable, *flags, "-P", "-c", code, "mphub.procs.boot"]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=ends, start_new_session=True)
 
 
 def _explain(process: subprocess.Popen[bytes], said: str) -> None:
@@ -148,7 +160,11 @@ def _explain(process: subprocess.Popen[bytes], said: str) -> None:
 def main(reader: int, told: int) -> None:
     """Be the supervisor, in the fresh interpreter."""
     with os.fdopen(reader, "rb") as pipe:
-        charter, path = msgspec.msgpack.decode(pipe.read(), type=tuple[Charter, list[bytes]])
+        said = pipe.read()
+    try:
+        charter, path = msgspec.msgpack.decode(said, type=tuple[Charter, list[bytes]])
+    except msgspec.DecodeError:
+        os._exit(1)  # the hub has died while it spoke
     sys.path[:] = [os.fsdecode(entry) for entry in path if entry] + sys.path
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the hub's business
     from mphub.procs.supervisor import Supervisor  # the template: what it imports, no child imports again
@@ -159,7 +175,8 @@ def main(reader: int, told: int) -> None:
         except BaseException as error:
             pipe.write(f"{type(error).__name__}: {error}".encode(errors="backslashreplace"))
             raise SystemExit(1) from None
-        pipe.write(STARTED)
+        with contextlib.suppress(BrokenPipeError):  # the hub has died meanwhile: the supervisor sees that itself
+            pipe.write(STARTED)
     supervisor.run()
     os._exit(0)
 

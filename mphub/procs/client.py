@@ -26,6 +26,10 @@ DEATHS, PERIOD = 10, 10.0
 """Deaths of supervisors within seconds after which the hub is FAILED."""
 TORN = 3
 """Times that a client comes back to a supervisor that says nothing."""
+CLOSED_WITHIN = 5.0
+"""Seconds for a supervisor to answer that it ends, and to end."""
+AGAIN_EVERY = 0.2
+"""Seconds between tries to start a successor."""
 _answer, _push = decoder(Answer), decoder(Push)
 
 
@@ -59,22 +63,17 @@ class Client:
         process = boot.launch(self._charter)
         try:
             return process, self._connect()
-        except OSError as error:  # it died right after it had said that it lives
+        except BaseException as error:
             process.kill()
-            raise StartFailed(f"the hub's supervisor ended as soon as it had started (exit {process.wait()})") from error
+            code = process.wait()
+            if isinstance(error, ConnectionError | FileNotFoundError):  # it died right after it had said that it lives
+                raise StartFailed(f"the hub's supervisor ended as soon as it had started (exit {code})") from error
+            raise
 
     def _connect(self) -> Line:
         line = Line.connect(self.address.control)
         line.send(frames.HELLO_CONTROL, self.address.token)
         return line
-
-    def _relaunch(self) -> tuple[subprocess.Popen[bytes], Line]:
-        """Start a successor; one that dies at its start is followed by the next."""
-        for _ in range(DEATHS - 1):
-            with contextlib.suppress(StartFailed):
-                return self._launch()
-            boot.kill_recorded(self.folder)
-        return self._launch()
 
     def call(self, op: str, timeout: float | None = None, **args: object) -> Any:
         """Call the supervisor (or through it the router) and return the answer.
@@ -118,9 +117,9 @@ class Client:
         """End the hub's processes and wait for them."""
         self._closing = True
         with contextlib.suppress(HubClosed, HubFailed, WaitTimeout):
-            self.call("close", timeout=5.0)
+            self.call("close", timeout=CLOSED_WITHIN)
         try:
-            self.process.wait(5.0)
+            self.process.wait(CLOSED_WITHIN)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -192,7 +191,7 @@ class Client:
         message = f"the supervisor (pid {self.process.pid}) ended with {word}; its successor takes over, the subscribers start anew"
         self._hear("notice", {"kind": "death", "subscriber": None, "message": message, "details": {}})
         try:
-            process, line = self._relaunch()
+            process, line = self._launch_again()
         except Exception as error:
             self._end(HubFailed(f"the supervisor ended with {word}, and no successor could be started: {error}"))
             return False
@@ -204,6 +203,18 @@ class Client:
         if answer.exception() is None:
             for name, found in answer.result().items():
                 self._heard("state", {"name": name, **found})
+
+    def _launch_again(self) -> tuple[subprocess.Popen[bytes], Line]:
+        """Start a successor; one that dies at its start is followed by the next, and what the machine lacks it may have again soon."""
+        deadline = time.monotonic() + PERIOD
+        while True:
+            try:
+                return self._launch()
+            except (OSError, StartFailed):
+                if self._closing or time.monotonic() > deadline:
+                    raise
+            boot.kill_recorded(self.folder)
+            time.sleep(AGAIN_EVERY)
 
     def _bury(self) -> int:
         """Reap a supervisor and end what it leaves: its children die with it, what they had started does not. Return its wait status."""

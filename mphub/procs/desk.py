@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import selectors
 import socket
 from collections.abc import Callable
 from functools import partial
 
-import msgspec
-
+from mphub.procs.door import Door
 from mphub.wire import frames
-from mphub.wire.frames import Answer, Call, ProtocolError, Push, decoder, encode
-from mphub.wire.stream import Frame, Stream, peer_uid
+from mphub.wire.calls import check
+from mphub.wire.frames import UNREADABLE, Answer, Call, ProtocolError, Push, decoder, encode
+from mphub.wire.stream import Frame, Stream
 
 UNREAD = 1 << 20
 """Bytes of output lines that may wait for a client that does not read; what exceeds them is dropped."""
@@ -28,9 +27,9 @@ class Desk:
     def __init__(
         self, listener: socket.socket, token: bytes, selector: selectors.BaseSelector, serve: Callable[[Call, Reply], None]
     ) -> None:
-        self.listener, self.token, self.selector, self.serve = listener, token, selector, serve
+        self.token, self.selector, self.serve = token, selector, serve
         self.clients: set[Stream] = set()
-        selector.register(listener, selectors.EVENT_READ, self._accept)
+        self.door = Door(listener, selector, self._accept, lambda message: self.push("log", level="error", message=message))
 
     def push(self, what: str, **args: object) -> None:
         """Tell every client."""
@@ -44,34 +43,41 @@ class Desk:
             stream.flush_or_watch(self.selector)
 
     def _accept(self) -> None:
-        sock, _ = self.listener.accept()
-        if peer_uid(sock) != os.getuid():
-            sock.close()
-            return
-        stream = Stream(sock)
-        self.selector.register(sock, selectors.EVENT_READ, partial(self._read, stream))
+        for stream in self.door.accept():
+            self.selector.register(stream.sock, selectors.EVENT_READ, partial(self._read, stream))
+
+    def close_silent(self) -> None:
+        """Close who has not said who it is for too long."""
+        for stream in self.door.overdue():
+            self._drop(stream)
 
     def _read(self, stream: Stream) -> None:
         try:
-            found = stream.read()
+            found = self.door.read(stream)
             for frame in found or ():
                 self._handle(stream, frame)
-        except (ProtocolError, msgspec.MsgspecError):
+        except UNREADABLE:
             found = None
         if found is None:
-            self.clients.discard(stream)
-            with contextlib.suppress(KeyError, ValueError):
-                self.selector.unregister(stream.sock)
-            stream.close()
+            self._drop(stream)
+
+    def _drop(self, stream: Stream) -> None:
+        self.clients.discard(stream)
+        self.door.welcome(stream)
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(stream.sock)
+        stream.close()
 
     def _handle(self, stream: Stream, frame: Frame) -> None:
         kind, header, _ = frame
         if kind == frames.HELLO_CONTROL and header == self.token:
             self.clients.add(stream)
+            self.door.welcome(stream)
             return
         if stream not in self.clients or kind != frames.CALL:
             raise ProtocolError(f"kind {kind} from a stranger")
         call = _call.decode(header)
+        check(call)
         self.serve(call, partial(self._answer, stream, call.id))
 
     def _answer(self, stream: Stream, number: int, result: object = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -13,12 +14,14 @@ import time
 import types
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from mphub import failpoints
 from mphub.wire.specs import Surroundings
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+SHORT = 75
+"""Exit code of a child that could not begin, or go on, for want of descriptors, memory or room on the disk."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -39,12 +42,14 @@ def fork(run: Callable[[], int], record: Path, keep: Collection[int] = (), out: 
     if pid:
         failpoints.hit("supervisor.forked")
         return pid
-    code = 70
+    code = SHORT
     try:
         _settle_in(parent, record, keep, out)
+        code = 70
         code = run()
     except BaseException:
-        sys.excepthook(*sys.exc_info())
+        if code != SHORT:
+            sys.excepthook(*sys.exc_info())
     finally:
         _leave(code)
     raise AssertionError("unreachable")
@@ -58,12 +63,28 @@ def _settle_in(parent: int, record: Path, keep: Collection[int], out: Path | Non
     failpoints.hit("child.forked")
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(each, signal.SIG_DFL)
-    record.write_text(f"{os.getpid()} {start_ticks(os.getpid())}")
-    failpoints.hit("child.recorded")
     _close_others({0, 1, 2, *keep})
     if out is not None:
         sys.stdout = _redirect(1, f"{out}.out")
         sys.stderr = _redirect(2, f"{out}.err")
+    record.write_text(f"{os.getpid()} {start_ticks(os.getpid())}")  # last: who is on record has begun
+    failpoints.hit("child.recorded")
+
+
+def has_begun(record: Path) -> bool:
+    """Say whether a child of this record came to its own work."""
+    with contextlib.suppress(OSError):
+        return record.stat().st_size > 0
+    return False
+
+
+class Output(io.FileIO):
+    """A file for what is printed; what a full disk does not take is lost, and nobody's work fails for it."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
 
 
 def _redirect(number: int, path: str) -> TextIO:
@@ -71,7 +92,8 @@ def _redirect(number: int, path: str) -> TextIO:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(file, number)
     os.close(file)
-    return open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    output = io.BufferedWriter(Output(number, "w", closefd=False))
+    return io.TextIOWrapper(output, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def _close_others(keep: set[int]) -> None:
@@ -127,15 +149,25 @@ def session_of(leader: int) -> Iterator[int]:
             yield int(name)
 
 
-def kill_session(leader: int) -> None:
-    """SIGKILL every process of a session; to be called before its leader is reaped, so that the number is still its own."""
-    for _ in range(3):  # what forks while we look
-        found = list(session_of(leader))
-        for pid in found:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        if not found:
-            return
+def kill_session(leader: int) -> set[int]:
+    """SIGKILL every process of a session and return them; to be called before its leader is reaped: the number is still its own."""
+    killed: set[int] = set()
+    with contextlib.suppress(OSError):
+        os.killpg(leader, signal.SIGKILL)  # needs no descriptor: they may have run out
+    with contextlib.suppress(OSError):
+        for _ in range(3):  # what forks while we look
+            found = set(session_of(leader))
+            for pid in found:
+                kill(pid)
+            killed |= found
+            if not found:
+                break
+    return killed
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def kill_children(within: float = 1.5) -> None:
@@ -146,10 +178,14 @@ def kill_children(within: float = 1.5) -> None:
         if not children:
             return
         for pid in map(int, children):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+            end(pid)
+
+
+def end(pid: int) -> None:
+    """Kill and reap a child."""
+    kill(pid)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
 
 
 def is_gone(pid: int, ticks: int) -> bool:

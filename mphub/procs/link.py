@@ -12,9 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lmdb
+
 from mphub import failpoints
 from mphub.procs import fork
 from mphub.procs.router import Router
+from mphub.store.journal import is_shortage
 from mphub.wire import frames
 from mphub.wire.frames import Answer, Call, Push, decoder, encode
 from mphub.wire.stream import Stream
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 DEATHS, PERIOD = 10, 10.0
 """Deaths of routers within seconds after which the hub is FAILED."""
+LATER = 1.0
+"""Seconds after which a router is started that could not be before."""
 _answer, _push = decoder(Answer), decoder(Push)
 
 
@@ -34,47 +39,97 @@ class Link:
         self.owner = owner
         self.calls: dict[int, tuple[Call, Callable[[Any], None]]] = {}
         self.deaths: list[float] = []
+        self.pid = 0
+        self.stream: Stream | None = None
         self._numbers = 0
+        self._start_at: float | None = None
+        self._put_off = False
+        """It could not be started for want of something, and a notice has said so."""
         self._start()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
         owner = self.owner
-        self.pid = fork.fork(
-            lambda: run_router(owner.folder, owner.address.token, owner.data, theirs, owner.charter.max_bytes),
-            owner.folder / "children" / "router",
-            keep=(owner.data.fileno(), theirs.fileno()),
-        )
-        theirs.close()
-        self.stream = Stream(ours)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.stream = Stream(ours)
+            self.pid, self.pidfd = self._fork(theirs)
         owner.selector.register(ours, selectors.EVENT_READ, self._read)
-        self.pidfd = os.pidfd_open(self.pid)
         owner.selector.register(self.pidfd, selectors.EVENT_READ, self._reap)
         owner.tell_of_the_dead(self)
         for call, _ in self.calls.values():
             self._send(call)
         owner.tell_of_the_living(self)
 
+    def _fork(self, theirs: socket.socket) -> tuple[int, int]:
+        owner = self.owner
+        pid = fork.fork(
+            lambda: run_router(owner.folder, owner.address.token, owner.data, theirs, owner.charter.max_bytes),
+            owner.folder / "children" / "router",
+            keep=(owner.data.fileno(), theirs.fileno()),
+        )
+        try:
+            return pid, os.pidfd_open(pid)
+        except OSError:
+            fork.end(pid)
+            raise
+
+    def waits(self, now: float) -> list[float]:
+        """Return after how many seconds a router is to be started, if so."""
+        return [] if self._start_at is None else [self._start_at - now]
+
+    def tick(self, now: float) -> None:
+        """Start a router if that is due; tried again later if the machine lacks something."""
+        if self._start_at is None or self._start_at > now:
+            return
+        self._start_at = None
+        try:
+            self._start()
+        except OSError as error:
+            self._close()
+            self._start_later(str(error.strerror))
+
+    def _start_later(self, why: str) -> None:
+        self._start_at = time.monotonic() + LATER
+        if not self._put_off:
+            self.owner.notice("shortage", None, f"the router cannot be started ({why}): tried again every {LATER:.0f} s")
+        self._put_off = True
+
     def _reap(self) -> None:
         self.owner.selector.unregister(self.pidfd)
         os.close(self.pidfd)
-        _, status = os.waitpid(self.pid, 0)
+        pid, status = os.waitpid(self.pid, 0)
+        self.pid = 0
         failpoints.hit("supervisor.reaped_router")
         self._read()
-        self.owner.selector.unregister(self.stream.sock)
-        self.stream.close()
+        self._close()
         if self.owner.stopping:
             return
+        if os.waitstatus_to_exitcode(status) == fork.SHORT:
+            self._start_later("no descriptor, memory or room in the hub's folder")
+        else:
+            self._replace(pid, fork.exit_word(status))
+
+    def _close(self) -> None:
+        if self.stream is not None:
+            with contextlib.suppress(KeyError, ValueError):  # it was not registered yet
+                self.owner.selector.unregister(self.stream.sock)
+            self.stream.close()
+        self.stream = None
+
+    def _replace(self, pid: int, word: str | int) -> None:
+        """Start a successor at once, unless too many have died."""
         now = time.monotonic()
         self.deaths = [t for t in self.deaths if now - t < PERIOD] + [now]
         if len(self.deaths) >= DEATHS:
-            self.owner.fail(f"the router died {DEATHS} times in {PERIOD:.0f} s, last with {fork.exit_word(status)}")
+            self.owner.fail(f"the router died {DEATHS} times in {PERIOD:.0f} s, last with {word}")
             return
-        self.owner.notice("death", None, f"the router (pid {self.pid}) ended with {fork.exit_word(status)}; its successor takes over")
-        self._start()
+        self.owner.notice("death", None, f"the router (pid {pid}) ended with {word}; its successor takes over")
+        self._start_at = now
+        self.tick(now)
 
     def _read(self) -> None:
-        for kind, header, _ in self.stream.read() or ():
+        for kind, header, _ in (self.stream.read() if self.stream is not None else None) or ():
+            self._put_off = False
             if kind == frames.ANSWER:
                 answer = _answer.decode(header)
                 waiting = self.calls.pop(answer.id, None)
@@ -96,10 +151,18 @@ class Link:
         self._send(Call(0, op, args))
 
     def _send(self, call: Call) -> None:
-        self.stream.send(frames.CALL, encode(call))
+        if self.stream is not None:  # else its successor is told
+            self.stream.send(frames.CALL, encode(call))
+
+    def flush(self) -> None:
+        """Write what waits, as far as the router reads it."""
+        if self.stream is not None:
+            self.stream.flush_or_watch(self.owner.selector)
 
     def let_close(self, deadline: float) -> None:
         """Let what was told be written, and give the router a moment to say goodbye to publishers."""
+        if self.stream is None:
+            return
         while self.stream.out and time.monotonic() < deadline:
             self.stream.flush()
         with contextlib.suppress(ChildProcessError):  # it is dead and reaped
@@ -108,7 +171,12 @@ class Link:
 
 
 def run_router(folder: Path, token: bytes, listener: socket.socket, link: socket.socket, max_bytes: int) -> int:
-    """Be the router's process."""
+    """Be the router's process; return its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Router(folder, token, listener, link, max_bytes).run()
+    try:
+        Router(folder, token, listener, link, max_bytes).run()
+    except (OSError, lmdb.Error) as error:
+        if not is_shortage(error):
+            raise
+        return fork.SHORT
     return 0

@@ -63,22 +63,13 @@ def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:
 
     Raises ProtocolError.
     """
-    if batch.publisher != peer.hello.publisher or batch.sequence < 1 or not batch.runs:
-        raise ProtocolError("a batch in another publisher's name, or an empty one")
-    if any(not 1 <= len(key) <= 255 or count < 1 for key, count in batch.runs) or batch.count > MAX_TOGETHER:
-        raise ProtocolError("a batch with keys that cannot be")
-    if batch.blob is None and count_of(body) != batch.count:
-        raise ProtocolError(f"a batch of {batch.count} events whose body has {count_of(body)}")
-
-
-def count_of(body: bytes) -> int:
-    """Read the length of a msgpack array without unpacking it."""
-    first = body[0] if body else 0
-    if first >> 4 == 0x9:
-        return first & 0x0F
-    if first == 0xDC:
-        return int.from_bytes(body[1:3], "big")
-    return int.from_bytes(body[1:5], "big") if first == 0xDD else -1
+    if batch.publisher != peer.hello.publisher or batch.sequence < 1:
+        raise ProtocolError("a batch in another publisher's name, or without a number")
+    if batch.count > MAX_TOGETHER:
+        raise ProtocolError(f"a batch of {batch.count} events")
+    # 8 us for 300 events: better here than where they are cut out or handled
+    if batch.blob is None and (found := len(split(body))) != batch.count:
+        raise ProtocolError(f"a batch of {batch.count} events whose body has {found}")
 
 
 def running_of(seat: Seat) -> int:

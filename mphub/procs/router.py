@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import selectors
 import socket
 import time
@@ -19,15 +18,17 @@ from mphub.core.delivery import Held
 from mphub.errors import JournalError
 from mphub.observe.limiter import Limiter
 from mphub.observe.statistics import percentiles
+from mphub.procs.door import Door
 from mphub.procs.exchange import SETTLED, Exchange
 from mphub.procs.letters import Cause
 from mphub.procs.mailbox import LASTING
 from mphub.procs.peers import PublisherPeer, Seat, body_of, check_batch, running_of, unpack_ids
-from mphub.store.blobs import Blobs
+from mphub.store.blobs import ROOM_EVERY, Blobs
 from mphub.store.board import COMMITTED, Board
 from mphub.store.journal import Journal
 from mphub.wire import frames
 from mphub.wire.frames import (
+    UNREADABLE,
     Answer,
     Batch,
     Call,
@@ -45,7 +46,7 @@ from mphub.wire.frames import (
     encode,
 )
 from mphub.wire.specs import Spec
-from mphub.wire.stream import Frame, Stream, peer_uid
+from mphub.wire.stream import Frame, Stream, shut
 
 MAX_UNREAD = 1 << 20
 """Bytes of replies under way to one requester."""
@@ -56,8 +57,6 @@ CONFIRM_EVERY = 8
 ENOUGH_FRAMES = 256
 LONGEST_WAIT = 3600.0
 """Seconds; a selector refuses to wait for more than some weeks."""
-HELLO_WITHIN = 5.0
-"""Seconds after which a connection that has not said who it is is closed."""
 CENSUS = 1.0
 """Seconds between two looks whether publishers that are not connected live."""
 _batch, _report, _call = decoder(Batch), decoder(Report), decoder(Call)
@@ -69,24 +68,22 @@ class Router:
     """One turn after the other."""
 
     def __init__(self, folder: Path, token: bytes, listener: socket.socket, link: socket.socket, max_bytes: int) -> None:
-        self.folder, self.token, self.listener = folder, token, listener
+        self.folder, self.token = folder, token
         self.blobs = Blobs(folder / "blobs")
-        self.exchange = Exchange(Journal(folder / "journal", max_bytes), self.blobs, max_bytes, time.time)
         self.selector = selectors.DefaultSelector()
         self.link = Stream(link)
+        self.held: list[str] = []
+        self.exchange = Exchange(Journal(folder / "journal", max_bytes, self._wait_for_room), self.blobs, max_bytes, time.time)
         self.selector.register(link, selectors.EVENT_READ, self.link)
         failpoints.hit("router.recovered")
-        listener.setblocking(False)
-        self.selector.register(listener, selectors.EVENT_READ, None)
+        self.door = Door(listener, self.selector, None, lambda message: self._push("log", level="error", message=message))
         self.publishers: dict[int, PublisherPeer] = {}
         self.seats: dict[int, Seat] = {}
-        self.strangers: dict[Stream, float] = {}
         self.arrived: dict[Stream, list[Frame]] = {}
         """What this turn has read and not handled yet."""
         self.census_at = 0.0
         self.drains: list[tuple[int, int]] = []
         self.answers: list[Answer] = []
-        self.held: list[str] = []
         self.limiter = Limiter()
         self.stopping = False
 
@@ -103,6 +100,8 @@ class Router:
         failpoints.hit("router.read")
         if None in ready:
             self._accept()
+        for stream in self.door.overdue():
+            self._drop(stream)
         if self._someone_is_absent() and time.monotonic() >= self.census_at:
             self._forget_the_dead()
         now = time.time()
@@ -127,7 +126,7 @@ class Router:
         self._flush()
 
     def _timeout(self) -> float | None:
-        waits = [5.0] if self.strangers else []
+        waits = self.door.waits()
         if self._someone_is_absent():
             waits.append(max(0.0, self.census_at - time.monotonic()))
         due = self.exchange.next_due()
@@ -138,22 +137,12 @@ class Router:
     # -- reading
 
     def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                sock, _ = self.listener.accept()
-                if peer_uid(sock) != os.getuid():
-                    sock.close()
-                    continue
-                stream = Stream(sock)
-                self.strangers[stream] = time.monotonic()
-                self.selector.register(sock, selectors.EVENT_READ, stream)
-        for stream, since in list(self.strangers.items()):
-            if time.monotonic() - since > HELLO_WITHIN:
-                self._drop(stream)
+        for stream in self.door.accept():
+            self.selector.register(stream.sock, selectors.EVENT_READ, stream)
 
     def _read(self, stream: Stream) -> list[Frame]:
         try:
-            found = stream.read()
+            found = self.door.read(stream)
         except ProtocolError as error:
             self._push("log", level="warning", message=f"a connection sent {error}: closed")
             found = None
@@ -169,7 +158,7 @@ class Router:
             return
         with contextlib.suppress(KeyError, ValueError):
             self.selector.unregister(stream.sock)
-        self.strangers.pop(stream, None)
+        self.door.welcome(stream)
         peer = stream.peer
         if isinstance(peer, Seat) and peer.stream is stream:
             peer.stream = None
@@ -185,14 +174,14 @@ class Router:
         """A malformed frame ends its own connection only."""
         try:
             self._handle(stream, *frame)
-        except (msgspec.MsgspecError, ProtocolError, OSError) as error:
+        except (*UNREADABLE, OSError) as error:
             self._push(
                 "log",
                 level="warning",
                 message=f"a frame of kind {frame[0]} cannot be read ({error}): connection closed",
             )
             stream.out.clear()
-            stream.sock.shutdown(socket.SHUT_RDWR)
+            shut(stream.sock)
 
     def _handle(self, stream: Stream, kind: int, header: bytes, body: bytes) -> None:
         peer = stream.peer
@@ -214,7 +203,7 @@ class Router:
     def _meet_publisher(self, stream: Stream, hello: HelloPublisher) -> None:
         if hello.token != self.token:
             raise ProtocolError("a hello with a wrong token")
-        self.strangers.pop(stream, None)
+        self.door.welcome(stream)
         last = self.exchange.meet(hello.publisher, hello.pid, hello.started)
         peer = stream.peer = PublisherPeer(stream, hello, last)
         self.publishers[hello.publisher] = peer
@@ -292,7 +281,7 @@ class Router:
         seat = self.seats.get(hello.incarnation)
         if hello.token != self.token or seat is None:
             raise ProtocolError("a hello of an unknown subscriber")
-        self.strangers.pop(stream, None)
+        self.door.welcome(stream)
         if seat.stream is not None:
             self._drop(seat.stream)
         stream.peer, seat.stream = seat, stream
@@ -483,6 +472,14 @@ class Router:
         self.stopping = True
         for peer in self.publishers.values():
             peer.stream.send(frames.CLOSED)
+
+    def _wait_for_room(self) -> None:
+        """Wait a moment, as the disk is full: publishers wait for their confirms, subscribers for deliveries."""
+        if self.held != [">"]:
+            self.held = [">"]
+            self._push("held", patterns=[">"], names=[])
+        self.link.flush()
+        time.sleep(ROOM_EVERY)
 
     def _answer(self) -> None:
         """Send answers of this turn, the news, and to drains that are through."""

@@ -27,8 +27,8 @@ from mphub.wire.frames import Answer, Call, Push, decoder
 from mphub.wire.specs import Spec
 
 OUT_OF_MEMORY = "killed by the kernel's OOM killer, most likely: the machine or its cgroup ran out of memory"
-FULL_DELAY = 1.0
-"""Seconds after which a subscriber whose outputs did not fit tries again."""
+LATER = 1.0
+"""Seconds after which is tried again what the machine had no room for."""
 TICK = 0.1
 """Seconds between looks at limits, outputs and frozen processes."""
 LIMIT_TICK = 0.02
@@ -89,27 +89,26 @@ class Supervisor:
 
     def run(self) -> None:
         """Supervise until the hub says close or is dead; then leave nothing behind."""
-        try:
-            while not self.stopping:
-                for key, _ in self.selector.select(self._timeout()):
-                    key.data()
-                self._tick()
-                self.link.stream.flush_or_watch(self.selector)
-                self.desk.flush()
-        finally:
-            self._end_all()
+        while not self.stopping:
+            for key, _ in self.selector.select(self._timeout()):
+                key.data()
+            self._tick()
+            self.link.flush()
+            self.desk.flush()
+        self._end_all()  # not when this fails: then a successor needs the folder
 
     # -- time
 
     def _timeout(self) -> float:
         now = time.monotonic()
-        waits = [self.next_tick - now]
+        waits = [self.next_tick - now, *self.link.waits(now)]
         waits += [ward.start_at - now for ward in self.wards.values() if ward.start_at is not None]
         waits += [child.kill_at[0][0] - now for child in self._children() if child.kill_at]
         return max(0.0, min(waits))
 
     def _tick(self) -> None:
         now = time.monotonic()
+        self.link.tick(now)
         for ward in list(self.wards.values()):
             if ward.start_at is not None and ward.start_at <= now:
                 self._start(ward)
@@ -122,6 +121,7 @@ class Supervisor:
             for ward in list(self.wards.values()):
                 self._look_at(ward, now)
             self._name_holders(now)
+            self.desk.close_silent()
             self._reap_strangers()
 
     def _look_at(self, ward: Ward, now: float) -> None:
@@ -151,12 +151,12 @@ class Supervisor:
             child.frozen_since = None
             if child.frozen:
                 child.frozen = False
-                self.link.tell("status", name=ward.name, status=ward.state)
+                self._tell_status(ward, self.link)
             return
         child.frozen_since = child.frozen_since or now
         if now - child.frozen_since >= FROZEN_AFTER and ward.state == "RUNNING":
             child.frozen = True
-            self.link.tell("status", name=ward.name, status="FROZEN")
+            self._tell_status(ward, self.link)
 
     # -- the router
 
@@ -168,6 +168,7 @@ class Supervisor:
     def tell_of_the_living(self, link: Link) -> None:
         """Tell a new router who lives, and who does not."""
         for ward in self.wards.values():
+            self._tell_status(ward, link)
             if ward.child is not None:
                 self._tell_started(link, ward.child, live=True)
                 if ward.child.ending in ("stop", "restart"):
@@ -189,6 +190,7 @@ class Supervisor:
         for ward in self.wards.values():
             if ward.child is not None and ward.child.incarnation == incarnation and not ward.child.ready:
                 ward.child.ready = True
+                ward.put_off = False
                 if ward.state == "STARTING":
                     self._set_state(ward, "RUNNING")
 
@@ -196,7 +198,7 @@ class Supervisor:
         """A process has done what cannot be kept: end it, uncharged; the next one tries again later."""
         for child in self._children():
             if child.incarnation == incarnation and child.ending != "full":
-                self.notice("full", child.name, f"{message}; its process starts anew in {FULL_DELAY:.0f} s")
+                self.notice("full", child.name, f"{message}; its process starts anew in {LATER:.0f} s")
                 self._end(child, "full", [(0.0, signal.SIGKILL)])
 
     def heard_held(self, patterns: list[str], names: list[str]) -> None:
@@ -231,8 +233,26 @@ class Supervisor:
         return [ward.child for ward in self.wards.values() if ward.child is not None]
 
     def _start(self, ward: Ward) -> None:
-        """Fork the next incarnation."""
+        """Start the next incarnation, or try again later if the machine lacks something."""
         ward.start_at = None
+        try:
+            child = self._fork(ward)
+        except OSError as error:
+            self._put_off(ward, str(error.strerror))
+            return
+        self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._reap(ward, child))
+        ward.child = child
+        self._set_state(ward, "STARTING")
+        failpoints.hit("supervisor.started")
+
+    def _put_off(self, ward: Ward, why: str) -> None:
+        ward.start_at = time.monotonic() + LATER
+        self._set_state(ward, "BACKOFF")
+        if not ward.put_off:
+            self.notice("shortage", ward.name, f"its process cannot be started ({why}): tried again every {LATER:.0f} s")
+        ward.put_off = True
+
+    def _fork(self, ward: Ward) -> Child:
         incarnation, board = make_child(ward.name, self.folder)
         logs = self.folder / "logs" / f"{incarnation:x}"
         spec, address = ward.spec, self.address
@@ -244,12 +264,15 @@ class Supervisor:
             return run_worker(address, spec, incarnation, board.path, child.crash_file)
 
         failpoints.hit("supervisor.announced")
-        child.pid = fork.fork(run, child.record, out=logs)
-        child.pidfd = os.pidfd_open(child.pid)
-        self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._reap(ward, child))
-        ward.child = child
-        self._set_state(ward, "STARTING")
-        failpoints.hit("supervisor.started")
+        try:
+            child.pid = fork.fork(run, child.record, out=logs)
+            child.pidfd = os.pidfd_open(child.pid)
+        except OSError:
+            if child.pid:
+                fork.end(child.pid)
+            self._settle(child, "none", {"reason": "crash"})
+            raise
+        return child
 
     def _reap(self, ward: Ward, child: Child) -> None:
         """A child is dead: end what it started, settle its events, decide about the next."""
@@ -299,6 +322,9 @@ class Supervisor:
         if child.ending == "stop" or ward.leaving:
             self._set_state(ward, "STOPPED", lasting=False)
             return
+        if exit_ == fork.SHORT and not fork.has_begun(child.record):
+            self._put_off(ward, "no descriptor, memory or room in the hub's folder")
+            return
         decision = ward.counter.died(finished_any=finished, by_itself=by_itself, exit_ok=exit_ == 0)
         if by_itself:
             reason = {
@@ -312,16 +338,15 @@ class Supervisor:
             )  # fmt: skip
         if decision.state == "BACKOFF":
             ward.restarts += 1
-            ward.start_at = time.monotonic() + (FULL_DELAY if child.ending == "full" else decision.delay)
+            ward.start_at = time.monotonic() + (LATER if child.ending == "full" else decision.delay)
             self._set_state(ward, "BACKOFF")
         else:
             self._set_state(ward, decision.state)
 
     def _set_state(self, ward: Ward, state: str, *, lasting: bool = True) -> None:
         """Tell hub and router; not the router if the hub ends: then what waits is dropped, not left waiting."""
-        ward.state = state
-        if lasting:
-            self.link.tell("status", name=ward.name, status=state)
+        ward.state, ward.told_router = state, lasting
+        self._tell_status(ward, self.link)
         error, text = ward.error
         if state != "FATAL":
             error, text = b"", ""
@@ -329,6 +354,11 @@ class Supervisor:
         if state == "FATAL":
             deaths = f"died {ward.counter.in_a_row} times in a row with no event finished"
             self.notice("FATAL", ward.name, f"{deaths}: not started again until restart()")
+
+    def _tell_status(self, ward: Ward, link: Link) -> None:
+        if ward.told_router:
+            frozen = ward.child is not None and ward.child.frozen
+            link.tell("status", name=ward.name, status="FROZEN" if frozen else ward.state)
 
     def _end(self, child: Child, why: str, ladder: list[tuple[float, int]]) -> None:
         """Begin to end a process: (seconds from now, signal) after another."""
@@ -494,9 +524,9 @@ class Supervisor:
 
     def _end_all(self) -> None:
         """Kill what lives, reap it, remove the folder."""
-        if fork.is_same(self.charter.hub_pid, self.charter.hub_ticks):
+        if not fork.is_gone(self.charter.hub_pid, self.charter.hub_ticks):
             self.link.let_close(time.monotonic() + 1.0)
-        for pid in [*(child.pid for child in self._children()), self.link.pid]:
+        for pid in filter(None, [*(child.pid for child in self._children()), self.link.pid]):
             fork.kill_session(pid)
         fork.kill_children()  # what handlers started comes to us as its subreaper
         shutil.rmtree(self.folder, ignore_errors=True)

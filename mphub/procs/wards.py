@@ -125,7 +125,7 @@ class Child:
 
     def measure(self) -> tuple[float, int]:
         """Return percent of a core since the start, and resident bytes."""
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             process = psutil.Process(self.pid)
             times = process.cpu_times()
             age = max(1e-3, time.time() - process.create_time())
@@ -162,6 +162,8 @@ class Ward:
     spec: Spec
     counter: RestartCounter
     state: str = "STARTING"
+    told_router: bool = True
+    """The router is to know this state."""
     child: Child | None = None
     restarts: int = 0
     start_at: float | None = None
@@ -170,6 +172,8 @@ class Ward:
     told: str = ""
     """The traceback in the last notice of a death."""
     leaving: bool = False
+    put_off: bool = False
+    """It could not be started for want of something, and a notice has said so."""
 
     @property
     def name(self) -> str:

@@ -61,7 +61,7 @@ class Worker:
         self.address, self.spec, self.name, self.incarnation = address, spec, spec.name, incarnation
         self.thread = threading.get_ident()
         self.board = Board(board)
-        self.blobs = Blobs(f"{address.folder}/blobs", incarnation)
+        self.blobs = Blobs(f"{address.folder}/blobs", incarnation, patient=True)
         self.outputs = Outputs(incarnation, self.blobs, address.largest)
         self.line: Line | None = None
         self.unconfirmed: deque[tuple[int, int, bytes]] = deque()

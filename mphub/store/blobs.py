@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import time
@@ -10,20 +11,34 @@ from pathlib import Path
 from mphub import failpoints
 from mphub.wire.frames import BLOB_MIN
 
+ROOM_EVERY = 0.05
+"""Seconds between looks whether there is room on the disk again."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
 
 class Blobs:
     """The folder of blob files; a name is ``<writer>-<n>``, so that a dead writer's leftovers can be found."""
 
-    def __init__(self, folder: str | os.PathLike[str], writer: int = 0) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], writer: int = 0, *, patient: bool = False) -> None:
+        self.folder, self.patient = Path(folder), patient
         self.number, self.writer = writer, f"{writer:016x}"
         self._made = time.time_ns()  # another object of the same writer takes no name twice
 
     def write(self, data: bytes) -> str:
-        """Write a file whole and return its name."""
+        """Write a file whole and return its name; one that is patient waits while the disk is full."""
         self._made += 1
         name = f"{self.writer}-{self._made}"
-        path = self.folder / name
+        while True:
+            try:
+                self._write(self.folder / name, data)
+                failpoints.hit("blobs.written")
+                return name
+            except OSError as error:
+                if not self.patient or error.errno not in FULL:
+                    raise
+            time.sleep(ROOM_EVERY)
+
+    def _write(self, path: Path, data: bytes) -> None:
         try:
             with open(path, "xb") as file:
                 failpoints.hit("blobs.half_written", file.raw.write, data)
@@ -31,8 +46,6 @@ class Blobs:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        failpoints.hit("blobs.written")
-        return name
 
     def spill(self, data: bytes) -> tuple[bytes, str | None]:
         """Return (data, None) if it is small, else (b"", name of its file)."""

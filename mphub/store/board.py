@@ -35,9 +35,14 @@ class Board:
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
         self.path = Path(path)
         with open(path, "x+b" if create else "r+b") as file:
-            if create:
-                os.posix_fallocate(file.fileno(), 0, SIZE)  # a full tmpfs must say so here, not by SIGBUS later
-            self.map = mmap.mmap(file.fileno(), SIZE)
+            try:
+                if create:
+                    os.posix_fallocate(file.fileno(), 0, SIZE)  # a full tmpfs must say so here, not by SIGBUS later
+                self.map = mmap.mmap(file.fileno(), SIZE)
+            except OSError:
+                if create:
+                    self.path.unlink()
+                raise
 
     def close(self) -> None:
         self.map.close()

@@ -6,9 +6,10 @@ the same tables in dictionaries, for the inline engine.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final, Protocol
@@ -32,6 +33,7 @@ TABLES: Final = (
     "snapshots",
 )
 FORMAT: Final = b"1"
+SHORTAGES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}
 
 
 class Stored(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -142,8 +144,12 @@ class Keeper(Protocol):
 class Journal:
     """LMDB, one named database per kind of row, one transaction per turn."""
 
-    def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int, wait: Callable[[], None] | None = None) -> None:
         self.folder = Path(folder)
+        self._wait = wait
+        """What to do before a commit that the disk has no room for is tried again (None: raise)."""
+        self._changes: list[tuple[str, bytes, bytes | None]] = []
+        """Of this turn: (table, key, value or None)."""
         self._lock = lock_file(self.folder / "journal.lock")
         # no writemap: a full tmpfs would be a SIGBUS; no lock file: nobody else may open it
         self._env = lmdb.open(
@@ -172,16 +178,39 @@ class Journal:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Commit what happens inside, all or nothing."""
+        """Commit what happens inside, all or nothing; a full disk is waited for, not an error."""
         before = self.used
+        self._changes.clear()
+        self._txn = self._env.begin(write=True, buffers=False)
         try:
-            with self._env.begin(write=True, buffers=False) as self._txn:
-                yield
+            yield
+            self._commit()
         except BaseException:
+            self._in_turn().abort()
             self.used = before
             raise
         finally:
             self._txn = None
+
+    def _commit(self) -> None:
+        while True:
+            try:
+                self._in_turn().commit()
+                return
+            except lmdb.Error as error:
+                if self._wait is None or not is_full(error):
+                    raise
+            self._wait()
+            self._change_again()
+
+    def _change_again(self) -> None:
+        """Make the changes of this turn in a new transaction: a commit that fails has thrown them away."""
+        self._txn = self._env.begin(write=True, buffers=False)
+        for table, key, value in self._changes:
+            if value is None:
+                self._txn.delete(key, db=self._tables[table])
+            else:
+                self._txn.put(key, value, db=self._tables[table])
 
     def get(self, table: str, key: bytes) -> bytes | None:
         value = self._in_turn().get(key, db=self._tables[table])
@@ -191,17 +220,20 @@ class Journal:
         old = self.get(table, key)
         if not self._in_turn().put(key, value, db=self._tables[table]):
             raise JournalError(f"{table} row {key!r} was not written")
+        self._changes.append((table, key, value))
         self.used += on_disk(value) - (on_disk(old) if old is not None else 0)
 
     def append(self, table: str, key: bytes, value: bytes) -> None:
         """Put a row behind all others (its own result is the only sign that it was not)."""
         if not self._in_turn().put(key, value, append=True, db=self._tables[table]):
             raise JournalError(f"{table} row {key!r} is not behind the last one")
+        self._changes.append((table, key, value))
         self.used += on_disk(value)
 
     def delete(self, table: str, key: bytes) -> None:
         old = self._in_turn().pop(key, db=self._tables[table])
         if old is not None:
+            self._changes.append((table, key, None))
             self.used -= on_disk(bytes(old))
 
     def scan(self, table: str, start: bytes = b"", end: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
@@ -256,6 +288,18 @@ class MemoryJournal:
 
     def close(self) -> None:
         self._tables.clear()
+
+
+def is_full(error: lmdb.Error) -> bool:
+    """Say whether it is for want of room: half a page written is an input/output error to LMDB."""
+    return isinstance(error, lmdb.DiskError) or os.strerror(errno.EIO) in str(error)
+
+
+def is_shortage(error: OSError | lmdb.Error) -> bool:
+    """Say whether the machine lacks something that it may have again later."""
+    if isinstance(error, OSError):
+        return error.errno in SHORTAGES
+    return is_full(error) or isinstance(error, lmdb.MemoryError) or any(os.strerror(number) in str(error) for number in SHORTAGES)
 
 
 def on_disk(value: bytes) -> int:

@@ -7,13 +7,18 @@ a msgpack array of opaque byte strings, so that the router cuts one event out wi
 from __future__ import annotations
 
 import struct
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
 from mphub.errors import InvalidOption
 
 T = TypeVar("T")
+# checked when a header is decoded: what cannot be ends the connection that it came on
+Id = Annotated[int, msgspec.Meta(ge=0)]
+Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Count = Annotated[int, msgspec.Meta(ge=1, lt=1 << 62)]
+Key = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
 HEAD: Final = struct.Struct("<IBI")
 MAX_FRAME: Final = 1 << 20
@@ -55,13 +60,17 @@ class ProtocolError(Exception):
     """Bytes on a stream that no process of ours sends: that connection is closed, no other."""
 
 
+UNREADABLE: Final = (ProtocolError, msgspec.MsgspecError, UnicodeDecodeError)
+"""What reading such bytes raises."""
+
+
 class Wire(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A header: travels as a msgpack array of its fields."""
 
 
 class HelloPublisher(Wire, frozen=True):
     token: bytes
-    publisher: int
+    publisher: Id
     pid: int
     started: float
 
@@ -107,10 +116,10 @@ def is_text(value: object) -> bool:
 class Batch(Wire, frozen=True):
     """A run of events of one publisher: event i has the id (publisher, number + i)."""
 
-    publisher: int
-    sequence: int
-    number: int
-    runs: list[tuple[str, int]]
+    publisher: Id
+    sequence: Number
+    number: Number
+    runs: Annotated[list[tuple[Key, Count]], msgspec.Meta(min_length=1)]
     published_at: float
     epoch: int = 0
     """The drain epoch of the cause; 0: that of the arrival."""
@@ -121,7 +130,7 @@ class Batch(Wire, frozen=True):
     """Refuse the batch when nobody subscribes to its key."""
     blob: str | None = None
     """The file that is the body."""
-    size: int = 0
+    size: Number = 0
     """Bytes of the body, wherever it is."""
     extras: dict[int, Extra] | None = None
 
@@ -153,14 +162,14 @@ class Reply(Wire, frozen=True):
 
 
 class RepliesTaken(Wire, frozen=True):
-    numbers: list[int]
+    numbers: list[Number]
 
 
 class HelloSubscriber(Wire, frozen=True):
     token: bytes
-    incarnation: int
+    incarnation: Id
     ready: bool
-    claims: list[tuple[int, int]] = []
+    claims: list[tuple[Number, Count]] = []
     """(first delivery number, count) of what it has run and does not know to be committed."""
     generation: int = 0
     frame: int = 0
@@ -219,8 +228,8 @@ class Failure(Wire, frozen=True):
 
 
 class ReplyRow(Wire, frozen=True):
-    publisher: int
-    number: int
+    publisher: Id
+    number: Number
     outcome: str
     body: bytes
     blob: str | None = None
@@ -236,9 +245,9 @@ class Output(Wire, frozen=True):
 class Report(Wire, frozen=True):
     """Everything up to delivery number ``upto`` (exclusive) has run; ``failures`` say which did not succeed."""
 
-    frame: int
-    upto: int
-    ran: int
+    frame: Number
+    upto: Number
+    ran: Number
     seconds: float
     failures: list[Failure] = []
     outputs: list[Output] = []

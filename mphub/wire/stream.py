@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import selectors
 import socket
 import struct
@@ -43,6 +45,9 @@ class Intake:
         self._parts: list[bytes] = []
         self._size = 0
 
+    def __len__(self) -> int:
+        return len(self._rest) + self._size
+
     def take(self, got: bytes) -> list[Frame]:
         """Return the frames that are whole now."""
         found, self._rest = cut(self._rest + got if self._rest else got)
@@ -79,6 +84,11 @@ class Stream:
 
     def fileno(self) -> int:
         return self.sock.fileno()
+
+    @property
+    def unfinished(self) -> int:
+        """Bytes that have arrived of a frame that is not whole."""
+        return len(self._in)
 
     def read(self) -> list[Frame] | None:
         """Return the frames that arrived, or None at the end of the stream."""
@@ -141,6 +151,8 @@ class Line:
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.connect(address)
+            if peer_uid(sock) != os.geteuid():  # the folder has ended, and somebody else has made one of its name
+                raise PermissionError(errno.EPERM, "it belongs to another user")
         except BaseException:
             sock.close()
             raise

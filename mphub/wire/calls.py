@@ -1,0 +1,54 @@
+"""What a client may ask of a supervisor, and with which arguments."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from mphub.wire.frames import Call, ProtocolError, decoder
+from mphub.wire.specs import Spec
+
+
+class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """No arguments."""
+
+
+class Named(Asked, frozen=True):
+    name: str
+
+
+class Chosen(Asked, frozen=True):
+    name: str | None
+    ids: list[bytes] | None
+
+
+class Page(Asked, frozen=True):
+    name: str | None
+    after: int
+
+
+class Subscribing(Asked, frozen=True):
+    spec: bytes
+
+    def __post_init__(self) -> None:
+        _spec.decode(self.spec)
+
+
+CALLS: Final[dict[str, type[Asked]]] = {
+    "subscribe": Subscribing, "unsubscribe": Named, "stop_routing": Named, "restart": Named,
+    "states": Asked, "statistics": Asked, "drain": Asked, "dead_letters": Page, "redrive": Chosen, "purge": Chosen,
+    "stop_subscribers": Asked, "close": Asked,
+}  # fmt: skip
+_spec = decoder(Spec)
+
+
+def check(call: Call) -> None:
+    """Refuse what no client of ours asks.
+
+    Raises ProtocolError, MsgspecError.
+    """
+    kind = CALLS.get(call.op)
+    if kind is None:
+        raise ProtocolError(f"call {call.op}")
+    msgspec.convert(call.args, kind)
