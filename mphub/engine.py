@@ -26,7 +26,7 @@ from mphub.reply import Reply
 from mphub.store.blobs import Blobs
 from mphub.store.journal import Dead
 from mphub.wire import codec
-from mphub.wire.frames import Extra, decoder, extra_of
+from mphub.wire.frames import Extra, decoder, extra_of, split
 from mphub.wire.specs import Spec
 
 KEPT_PAYLOADS = 16 << 20
@@ -255,7 +255,7 @@ class InlineEngine:
             if one.kind in ("failure", "dead_letter"):
                 if self.inline.propagate and one.details["id"] != "teardown":
                     continue
-                passes, first, more = self.limiter.allows((one.kind, one.subscriber), time.monotonic())
+                passes, first, more = self.limiter.allows((one.kind, one.subscriber), time.monotonic(), one.count)
             if passes:
                 self.console.notice(one.kind, one.subscriber, one.message, {**one.details, "first": first, "more": more})
 
@@ -310,8 +310,10 @@ def statistics_of(counters: dict[str, Any]) -> SubscriberStatistics:
 def letter_of(dead: Dead, blobs: Blobs, room: int) -> DeadLetter:
     """Build a public dead letter; its payload is kept if there is room for it."""
     batch = dead.batch
-    payload = bytes(dead.body)
-    if batch.blob is not None:
+    if batch.blob is None:
+        (payload,) = map(bytes, split(dead.body))
+    else:
+        payload = b""
         with contextlib.suppress(OSError):
             payload = bytes(blobs.read(batch.blob)) if batch.size <= room else codec.encode(None)
     return DeadLetter(

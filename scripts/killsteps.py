@@ -359,7 +359,7 @@ def lay_in_turn(folder: Path, waiting: list[str], over: threading.Event) -> None
 
 def run_alone(folder: Path, mark: str) -> list[str]:
     """Run the program in an interpreter of its own; return what is wrong."""
-    path = os.pathsep.join([str(PACKAGE.parent), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(PACKAGE.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, MARK: mark}
     with open(folder / "told", "w+b") as told:
         command = [sys.executable, __file__, "--program", str(folder)]

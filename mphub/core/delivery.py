@@ -353,6 +353,17 @@ def indexes(spans: Spans) -> Iterator[int]:
         yield from range(a, b)
 
 
+def last_of(spans: Spans, count: int) -> Spans:
+    """Return the last so many indexes of some spans."""
+    found: Spans = []
+    for a, b in reversed(spans):
+        if count <= 0:
+            break
+        found.insert(0, (max(a, b - count), b))
+        count -= b - a
+    return found
+
+
 def spans_of(numbers: Iterable[int]) -> Spans:
     """Join ascending indexes to spans."""
     spans: Spans = []

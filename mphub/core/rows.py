@@ -35,17 +35,17 @@ class Row:
         """Say whether it is one event that is a file of its own; the file of several holds a body."""
         return self.batch.blob is not None and self.count == 1
 
-    def only(self, index: int, size: int, blob: str | None) -> Batch:
-        """Return the header of one event alone."""
-        extras = self.batch.extras or {}
-        return msgspec.structs.replace(
-            self.batch,
-            number=self.batch.number + index,
-            runs=[(self.key(index), 1)],
-            extras={0: extras[index]} if index in extras else None,
-            size=size,
-            blob=blob,
-        )
+
+def part_of(batch: Batch, first: int, last: int, size: int, blob: str | None = None) -> Batch:
+    """Return the header of some events alone."""
+    runs, place = [], 0
+    for key, count in batch.runs:
+        a, b = max(first, place), min(last, place + count)
+        if a < b:
+            runs.append((key, b - a))
+        place += count
+    extras = {i - first: extra for i, extra in (batch.extras or {}).items() if first <= i < last}
+    return msgspec.structs.replace(batch, number=batch.number + first, runs=runs, extras=extras or None, size=size, blob=blob)
 
 
 def share(batch: Batch) -> int:

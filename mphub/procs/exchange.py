@@ -14,9 +14,9 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from mphub import failpoints
-from mphub.core.delivery import Portion, Range, Spans, Verdict, indexes, length, parts_within, spans_of
+from mphub.core.delivery import Portion, Range, Spans, Verdict, last_of, length, parts_within
 from mphub.core.keys import nearest
-from mphub.core.rows import Row, share
+from mphub.core.rows import Row, part_of, share
 from mphub.core.table import RoutingTable
 from mphub.errors import JournalError
 from mphub.procs.letters import Cause, Letters
@@ -46,6 +46,8 @@ class News:
     subscriber: str | None
     message: str
     details: dict[str, object]
+    count: int = 1
+    """How many times it happened; the details are the first's."""
 
 
 class Exchange:
@@ -341,12 +343,11 @@ class Exchange:
 
     def _refuse_newest(self, box: Mailbox, portion: Portion, excess: int) -> None:
         """Drop the last events of a new portion, or make dead letters of them."""
-        last = list(indexes(portion.todo))[-excess:]
+        last = last_of(portion.todo, excess)
         if box.overflow == "drop_newest":
-            self._drop(box, portion, spans_of(last), "overflow")
-            return
-        for index in last:
-            self.letters.bury(box, portion, index, "overflow", 0)
+            self._drop(box, portion, last, "overflow")
+        else:
+            self.letters.bury_untried(box, portion, last, "overflow")
 
     def _drop_oldest(self, box: Mailbox, excess: int) -> None:
         """Drop what has waited longest; what the process has been given stays."""
@@ -419,19 +420,18 @@ class Exchange:
         self._close_if_done(box, portion)
 
     def cut_out(self, row: Row, index: int) -> tuple[Batch, bytes]:
-        """Return one event alone: (header, its pickle, empty if that is a blob)."""
+        """Return one event alone: (header, an array of its pickle, empty if that is a blob)."""
         if row.is_blob:
-            return row.only(index, row.batch.size, row.batch.blob), b""
+            return row.batch, b""
         events = views(self.blobs.read(row.batch.blob)) if row.batch.blob is not None else split(row.body)
         data, blob = self.blobs.spill(bytes(events[index]))
-        return row.only(index, len(events[index]), blob), data
+        return part_of(row.batch, index, index + 1, len(events[index]), blob), join([data]) if blob is None else b""
 
     def make_single(self, box: Mailbox, batch: Batch, body: bytes, epoch: int, attempt: int, due: float) -> int:
         number = self.next_row
         self.next_row += 1
         key = box.number.to_bytes(4, "big") + number.to_bytes(8, "big")
-        packed = join([body]) if batch.blob is None else b""
-        self.journal.put("singles", key, encode(Single(epoch, batch, packed, attempt, due)))
+        self.journal.put("singles", key, encode(Single(epoch, batch, body, attempt, due)))
         self.references.hold_for(number, batch.blob)
         return number
 
@@ -604,8 +604,8 @@ class Exchange:
             return [">"]
         return sorted({pattern for box in self.boxes.values() if box.full for pattern in box.spec.patterns})
 
-    def tell(self, kind: str, subscriber: str | None, message: str, **details: object) -> None:
-        self.news.append(News(kind, subscriber, message, details))
+    def tell(self, kind: str, subscriber: str | None, message: str, count: int = 1, **details: object) -> None:
+        self.news.append(News(kind, subscriber, message, details, count))
 
 
 def progress_key(box: Mailbox, row: int) -> bytes:

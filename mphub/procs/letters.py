@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mphub.core.delivery import Portion
-from mphub.core.rows import Row, share
+from mphub.core.delivery import Portion, Spans, indexes, length, spans_of, subtract
+from mphub.core.rows import Row, part_of, share
 from mphub.store.journal import Dead, on_disk
-from mphub.wire.frames import Batch, Reply, ReplyRow, decoder, encode
+from mphub.wire.frames import Batch, Reply, ReplyRow, decoder, encode, join, split
 
 if TYPE_CHECKING:
     from mphub.procs.exchange import Exchange
@@ -58,7 +58,7 @@ class Letters:
         for key, value in self.exchange.journal.scan("dead"):
             self._next = int.from_bytes(key, "big") + 1
             dead = _dead.decode(value)
-            self._dead_bytes += on_disk(value) + dead.batch.size
+            self._dead_bytes += cost(dead, value)
             self.exchange.references.hold(dead.batch.blob)
         for _, value in self.exchange.journal.scan("replies"):
             self.exchange.references.hold(_reply.decode(value).blob)
@@ -90,24 +90,39 @@ class Letters:
         box.counters.dead += 1
         self.exchange.settle(box, portion, [(index, index + 1)])
 
+    def bury_untried(self, box: Mailbox, portion: Portion, spans: Spans, reason: str) -> None:
+        """End events that nobody has tried as dead letters, those of one frame as one row: a flood of them must cost little."""
+        row = portion.row
+        if row.batch.reply or row.batch.blob is not None:
+            for index in indexes(spans):
+                self.bury(box, portion, index, reason, 0)
+            return
+        for a, b in spans:
+            body = row.body if b - a == row.count else join(split(row.body)[a:b])
+            self._keep(Dead(box.name, part_of(row.batch, a, b, len(body)), row.epoch, body, reason, 0, self.exchange.clock()))
+            event = f"{row.batch.publisher << 40 | row.batch.number + a:026x}"
+            self.exchange.tell("dead_letter", box.name, reason, b - a, key=row.key(a), id=event, attempts=0)
+        box.counters.dead += length(spans)
+        self.exchange.settle(box, portion, spans)
+
     def _keep(self, dead: Dead) -> None:
-        value = encode(dead)
-        self.exchange.journal.put("dead", self._next.to_bytes(8, "big"), value)
+        self._write(self._next.to_bytes(8, "big"), dead)
         self._next += 1
-        self._dead_bytes += on_disk(value) + dead.batch.size
         self.exchange.references.hold(dead.batch.blob)
         while self._dead_bytes > self.exchange.max_bytes * DEAD_SHARE:
             if not self._give_way():
                 break
 
+    def _write(self, key: bytes, dead: Dead) -> None:
+        value = encode(dead)
+        self.exchange.journal.put("dead", key, value)
+        self._dead_bytes += cost(dead, value)
+
     def _give_way(self) -> bool:
-        """Drop the oldest dead letter, counted."""
-        for key, dead in self._scan(None, None):
-            self._remove(key, dead)
-            box = self.exchange.boxes[dead.subscriber]
-            box.counters.dead -= 1
-            box.counters.drop("dead_letters_full", 1)
-            self.exchange.touch(box)
+        """Drop the oldest dead letters, counted."""
+        for key, dead, spans in self._scan(None, None):
+            box = self._remove(key, dead, spans)
+            box.counters.drop("dead_letters_full", length(spans))
             self.exchange.tell(
                 "dead_letters_full",
                 box.name,
@@ -116,24 +131,38 @@ class Letters:
             return True
         return False
 
-    def _remove(self, key: bytes, dead: Dead) -> None:
-        self._dead_bytes -= on_disk(encode(dead)) + dead.batch.size
-        self.exchange.journal.delete("dead", key)
-        self.exchange.references.drop(dead.batch.blob)
+    def _remove(self, key: bytes, dead: Dead, spans: Spans) -> Mailbox:
+        """Take dead letters out of a row and off the books; return whose they were."""
+        self._dead_bytes -= cost(dead, encode(dead))
+        left = subtract(dead.spans, spans)
+        if left:
+            self._write(key, msgspec.structs.replace(dead, left=left))
+        else:
+            self.exchange.journal.delete("dead", key)
+            self.exchange.references.drop(dead.batch.blob)
+        box = self.exchange.boxes[dead.subscriber]
+        box.counters.dead -= length(spans)
+        self.exchange.touch(box)
+        return box
 
-    def _scan(self, name: str | None, ids: Collection[int] | None, after: int = 0) -> Iterator[tuple[bytes, Dead]]:
+    def _scan(self, name: str | None, ids: Collection[int] | None, after: int = 0) -> Iterator[tuple[bytes, Dead, Spans]]:
+        """Yield rows, each with which of its events are meant."""
         for key, value in self.exchange.journal.scan("dead", (after + 1).to_bytes(8, "big")):
             dead = _dead.decode(value)
-            if (name is None or dead.subscriber == name) and (ids is None or event_id(dead.batch) in ids):
-                yield key, dead
+            if name is None or dead.subscriber == name:
+                first = event_id(dead.batch)
+                spans = dead.spans if ids is None else spans_of(i for i in indexes(dead.spans) if first + i in ids)
+                if spans:
+                    yield key, dead, spans
 
     def page(self, name: str | None, after: int, limit: int = PAGE_BYTES) -> tuple[list[bytes], int]:
         """Return encoded dead letters behind number ``after`` and the number to go on from (0: that was all)."""
         found: list[bytes] = []
         size = 0
-        for key, dead in self._scan(name, None, after):
-            found.append(encode(dead))
-            size += len(found[-1])
+        for key, dead, spans in self._scan(name, None, after):
+            for one in each_of(dead, spans):
+                found.append(encode(one))
+                size += len(found[-1])
             if size > limit:
                 return found, int.from_bytes(key, "big")
         return found, 0
@@ -141,32 +170,31 @@ class Letters:
     def redrive(self, name: str | None, ids: Collection[int] | None) -> int:
         """Let dead letters wait again, with their first attempt before them; return how many."""
         moved = 0
-        for key, dead in list(self._scan(name, ids)):
+        for key, dead, spans in list(self._scan(name, ids)):
             box = self.exchange.boxes.get(dead.subscriber)
             if box is None or box.gone:
                 continue
-            epoch = self.exchange.epoch
-            number = self.exchange.make_single(box, dead.batch, dead.body, epoch, 1, 0.0)
-            box.counters.dead -= 1
-            box.counters.pending[epoch] = box.counters.pending.get(epoch, 0) + 1
-            box.unfinished += 1
-            box.bytes += share(dead.batch)
-            self.exchange.load_single(box, number, box.delivery.add)
-            self.exchange.touch(box)
-            self._remove(key, dead)
-            moved += 1
+            for one in each_of(dead, spans):
+                self._let_wait(box, one)
+            self._remove(key, dead, spans)
+            moved += length(spans)
         return moved
+
+    def _let_wait(self, box: Mailbox, dead: Dead) -> None:
+        epoch = self.exchange.epoch
+        number = self.exchange.make_single(box, dead.batch, dead.body, epoch, 1, 0.0)
+        box.counters.pending[epoch] = box.counters.pending.get(epoch, 0) + 1
+        box.unfinished += 1
+        box.bytes += share(dead.batch)
+        self.exchange.load_single(box, number, box.delivery.add)
 
     def purge(self, name: str | None, ids: Collection[int] | None) -> int:
         """Drop dead letters, counted as ``purged``; return how many."""
-        gone = list(self._scan(name, ids))
-        for key, dead in gone:
-            box = self.exchange.boxes[dead.subscriber]
-            box.counters.dead -= 1
-            box.counters.drop("purged", 1)
-            self.exchange.touch(box)
-            self._remove(key, dead)
-        return len(gone)
+        gone = 0
+        for key, dead, spans in list(self._scan(name, ids)):
+            self._remove(key, dead, spans).counters.drop("purged", length(spans))
+            gone += length(spans)
+        return gone
 
     # -- replies
 
@@ -228,6 +256,21 @@ def request_outcome(reason: str, error: bytes, traceback: str, cause: Cause | No
     if reason == "timeout" and cause is not None:
         return "timeout", encode(cause.seconds)
     return "dropped", encode(reason)
+
+
+def each_of(dead: Dead, spans: Spans) -> Iterator[Dead]:
+    """Yield some of the dead letters of a row alone."""
+    if dead.batch.count == 1:
+        yield dead
+        return
+    events = split(dead.body)
+    for i in indexes(spans):
+        yield msgspec.structs.replace(dead, batch=part_of(dead.batch, i, i + 1, len(events[i])), body=join([events[i]]), left=None)
+
+
+def cost(dead: Dead, value: bytes) -> int:
+    """Return the bytes that a row takes, with its file."""
+    return on_disk(value) + (dead.batch.size if dead.batch.blob is not None else 0)
 
 
 def event_id(batch: Batch) -> int:

@@ -6,7 +6,7 @@ import time
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from mphub.core.delivery import Spans, contains, indexes, length
+from mphub.core.delivery import Spans, contains, length
 from mphub.store.journal import Progress, Stored
 from mphub.wire.frames import decoder, encode, join, split
 
@@ -95,8 +95,7 @@ class Room:
         while self._looked and self.is_full and (box := self._stuck()) is not None:
             taken = list(box.delivery.take_oldest(EVENTS))
             for portion, spans in taken:
-                for index in indexes(spans):
-                    exchange.letters.bury(box, portion, index, "overflow", 0)
+                exchange.letters.bury_untried(box, portion, spans, "overflow")
             exchange.refill(box)
             if sum(length(spans) for _, spans in taken) == EVENTS:
                 return  # the rest in the next turn

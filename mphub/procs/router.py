@@ -501,7 +501,7 @@ class Router:
         now = time.monotonic()
         for news in self.exchange.news:
             about = (news.kind, news.subscriber, news.details.get("key") if news.kind == "unmatched" else None)
-            passes, first, more = self.limiter.allows(about, now)
+            passes, first, more = self.limiter.allows(about, now, news.count)
             if passes:
                 details = {**news.details, "first": first, "more": more}
                 self._push("news", kind=news.kind, subscriber=news.subscriber, message=news.message, details=details)

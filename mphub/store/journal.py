@@ -106,13 +106,14 @@ class SubscriberState(msgspec.Struct, array_like=True, gc=False):
 
 
 class Dead(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A dead letter as it is kept."""
+    """A dead letter as it is kept; events of one frame that were never tried are kept together."""
 
     subscriber: str
     batch: Batch
-    """Of this one event."""
+    """Of these events alone."""
     epoch: int
     body: bytes
+    """An array of their pickles; empty if the one is a blob."""
     reason: str
     attempts: int
     at: float
@@ -124,6 +125,12 @@ class Dead(msgspec.Struct, array_like=True, frozen=True, gc=False):
     stderr: str = ""
     told: bool = False
     """Its failure was raised to the caller (inline), who knows."""
+    left: list[tuple[int, int]] | None = None
+    """Which of several are still dead letters (None: all)."""
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        return self.left or [(0, self.batch.count)]
 
 
 class Keeper(Protocol):

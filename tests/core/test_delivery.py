@@ -25,6 +25,7 @@ from mphub.core.delivery import (
     Verdict,
     contains,
     indexes,
+    last_of,
     length,
     parts_within,
     spans_of,
@@ -371,3 +372,15 @@ class Subscriber(RuleBasedStateMachine):
 
 Subscriber.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 TestDelivery = Subscriber.TestCase
+
+
+def test_the_last_of_spans() -> None:
+    spans = [(0, 2), (5, 8), (9, 10)]
+    assert [last_of(spans, n) for n in (0, 1, 2, 4, 5, 99)] == [
+        [],
+        [(9, 10)],
+        [(7, 8), (9, 10)],
+        [(5, 8), (9, 10)],
+        [(1, 2), (5, 8), (9, 10)],
+        spans,
+    ]

@@ -92,6 +92,25 @@ def test_poison_among_good_events_stops_nobody() -> None:
     assert [(letter.payload, letter.attempts) for letter in hub.dead_letters()] == [(n, 3) for n in range(100, 100_000, 200)]
 
 
+def test_a_stream_that_ends_is_no_death(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    hub = EventHub()
+
+    def careless(n: int) -> None:
+        note(log, f"{n} {mphub.current_event().attempt}")
+        if n % 500 == 250:
+            os.closerange(3, 256)  # as some ways to become a daemon do
+        time.sleep(0.02 if n % 500 == 250 else 0)
+
+    k = hub.subscribe("k", careless, name="k")
+    with hub:
+        pids = k.statistics().pids
+        hub.publish_batch("k", range(2000))
+        hub.drain(20)
+        assert (k.statistics().pids, k.statistics().handled) == (pids, 2000)
+    assert lines(log) == [f"{n} 1" for n in range(2000)]
+
+
 def test_an_event_that_kills_while_it_is_committed_is_found() -> None:
     class Total(Subscriber[int, int]):
         def setup(self) -> None:

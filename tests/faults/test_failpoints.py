@@ -52,6 +52,11 @@ def test_deaths_one_after_the_other_are_survived_too() -> None:
     )
 
 
+@pytest.mark.slow
+def test_reports_that_are_sent_again_to_the_next_router_count_once() -> None:
+    judge_each([f"router.committed:{number}" for number in range(30, 90, 3)])
+
+
 def test_a_stop_beside_publishers_counts_all_that_was_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KILLSTEPS_STOPS", "1")
     judge_each(["none.at_all:1", "none.at_all:2", "supervisor.settled:5", "router.committed:150", "supervisor.closing:1"])

@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.queues
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 import mphub
-from mphub import EventHub, Inbox, Limits, Restart, Retry, Stop, Subscriber, Subscription
+from mphub import EventHub, Inbox, Limits, Notice, Restart, Retry, Stop, Subscriber, Subscription, current_event
 from tests.helpers import eventually
 
 pytestmark = pytest.mark.procs
@@ -403,6 +404,43 @@ def test_overflow_can_make_dead_letters(tmp_path: Path) -> None:
         assert (found.accepted, found.dead) == (50, 40)
         gate.touch()
     assert {letter.reason for letter in hub.dead_letters()} == {"overflow"}
+
+
+def test_dead_letters_of_one_frame_are_purged_and_redriven_one_by_one(tmp_path: Path) -> None:
+    log, gate = tmp_path / "log", tmp_path / "open"
+    hub = EventHub(check=False)
+    notices: list[Notice] = []
+    hub.on_notice(notices.append)
+
+    def write(event: tuple[int, str]) -> None:
+        assert eventually(gate.exists, 20)
+        note(log, " ".join(map(str, (*event, current_event().key, current_event().headers.get("n")))))
+
+    hub.subscribe("k.*", write, name="w", inbox=Inbox(maxsize=1, overflow="dead_letter"))
+    with hub:
+        hub.publish("k.first", (0, "x"))
+        with hub.transaction() as together:
+            for n in range(1, 13):
+                together.publish(f"k.{n // 4}", (n, "x" * n), headers={"n": str(n)})
+        letters = hub.dead_letters("w")
+        ids = [letter.id for letter in letters]
+        assert ids == [ids[0] + n for n in range(12)]
+        assert [(letter.key, letter.payload) for letter in letters] == [(f"k.{n // 4}", (n, "x" * n)) for n in range(1, 13)]
+        assert hub.purge(ids=[ids[2], ids[5]]) == 2
+        os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+        assert [letter.id for letter in hub.dead_letters()] == [each for n, each in enumerate(ids) if n not in (2, 5)]
+        assert hub.purge(ids=[ids[2]]) == 0
+        gate.touch()
+        assert hub.redrive(ids=[ids[7], ids[0], ids[11]]) == 3
+        found = hub.drain(20).subscribers["w"]
+        assert (found.accepted, found.handled, found.dead, found.dropped) == (13, 4, 7, {"purged": 2})
+        assert hub.redrive("w") == 7
+        found = hub.drain(20).subscribers["w"]
+        assert (found.handled, found.dead) == (11, 0)
+    order = [0, 1, 8, 12, 2, 4, 5, 7, 9, 10, 11]
+    assert lines(log) == [f"{n} {'x' * n if n else 'x'} k.{n // 4 if n else 'first'} {n or None}" for n in order]
+    (told,) = [notice for notice in notices if notice.kind == "dead_letter"]
+    assert (told.details["id"], told.details["more"]) == (f"{ids[0]:026x}", 11)
 
 
 def test_an_unsubscribed_one_finishes_what_waits(tmp_path: Path) -> None:
