@@ -4,9 +4,10 @@
     python scripts/bench.py --families throughput-1 --check 5        exit code 1 below five times the baseline
     python scripts/bench.py --events 20000 --rounds 3 --json -       all values, for a program
 
-The baseline is "two-hop": the producer puts (key, payload) into one multiprocessing.Queue, a router process gets each and puts the payload
-into each subscriber's own multiprocessing.Queue. Its answers come straight back in one hop, by a third queue; those of mphub come through
-the router. mphub's journal is on.
+The baseline is mostly "two-hop": the producer puts (key, payload) into one multiprocessing.Queue, a router process gets each and puts the
+payload into each subscriber's own multiprocessing.Queue. Its answers come straight back in one hop, by a third queue; those of mphub come
+through the router. mphub's journal is on. Of the families "keys", "patterns" and "stuck-*" the baseline is mphub itself, in the usual
+case.
 
 Rates differ from machine to machine and from minute to minute: what counts is the ratio within a round. Each measurement is a process of
 its own, and the sides take turns. What they start is started and warm before the clock runs; everything else is measured, until each
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,26 +28,37 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mphub import EventHub, Subscriber
+from mphub import EventHub, Inbox, Restart, Stop, Subscriber
 
 KEY, PAYLOAD = "orders.created", b"x" * 100
 WARM_UP = 1000
 FORK = multiprocessing.get_context("fork")
+KEYS = 100_000
+PATTERNS = 1000
+STUCK = 1000
+"""Events that a stuck subscriber's inbox takes."""
 
 
 @dataclass(frozen=True)
 class Side:
     """A way to subscribers that count, each in a process of its own."""
 
-    publish: Callable[[int], None]  # so many events
-    ask: Callable[[], list[int]]  # what each subscriber has counted so far, this question with it
-    settle: Callable[[], list[int]]  # waits until everything published is handled, then asks
+    publish: Callable[[int], object]  # so many events
+    ask: Callable[[], list[int]]  # what each subscriber has counted of all that was published before
+
+
+Opened = AbstractContextManager[Side]
+
+
+# -- the sides
 
 
 @contextlib.contextmanager
@@ -61,13 +74,13 @@ def two_hop(subscribers: int) -> Iterator[Side]:
             ingress.put((KEY, PAYLOAD))
 
     def ask() -> list[int]:
-        ingress.put((KEY, None))
+        ingress.put((KEY, None))  # what was put before is got before
         return [answers.get() for _ in inboxes]
 
     for process in processes:
         process.start()
     try:
-        yield Side(publish, ask, settle=ask)  # what was put before is got before
+        yield Side(publish, ask)
     finally:
         ingress.cancel_join_thread()  # nobody reads it any more
         for process in processes:
@@ -85,31 +98,10 @@ def route(ingress: Queue[Any], table: dict[str, list[Queue[Any]]]) -> NoReturn:
 def count(inbox: Queue[Any], answers: Queue[int]) -> NoReturn:
     handled = 0
     while True:
-        payload = inbox.get()
-        handled += 1
-        if payload is None:  # a question
+        if inbox.get() is None:
             answers.put(handled)
-
-
-@contextlib.contextmanager
-def mphub(subscribers: int) -> Iterator[Side]:
-    """Open a hub with its defaults."""
-    hub = EventHub()
-    names = [hub.subscribe(KEY, Counter, name=f"counter-{number}").name for number in range(subscribers)]
-
-    def publish(events: int) -> None:
-        for _ in range(events):
-            hub.publish(KEY, PAYLOAD)
-
-    def ask() -> list[int]:
-        return [hub.request(KEY, None, to=name).result() for name in names]
-
-    def settle() -> list[int]:
-        hub.drain()
-        return ask()
-
-    with hub:
-        yield Side(publish, ask, settle)
+        else:
+            handled += 1
 
 
 class Counter(Subscriber[bytes | None, int]):
@@ -118,52 +110,181 @@ class Counter(Subscriber[bytes | None, int]):
     handled = 0
 
     def handle(self, payload: bytes | None) -> int:
-        self.handled += 1
+        self.handled += payload is not None
         return self.handled
 
 
-SIDES = {"baseline": two_hop, "mphub": mphub}
+@contextlib.contextmanager
+def mphub(subscribers: int, patterns: str | list[str] = KEY, keys: Sequence[str] = (KEY,)) -> Iterator[Side]:
+    """Open a hub with its defaults."""
+    hub = EventHub(name="bench")
+    names = [hub.subscribe(patterns, Counter, name=f"counter-{number}").name for number in range(subscribers)]
+    with hub:
+        yield side_of(hub, names, keys)
+
+
+def side_of(hub: EventHub, names: list[str], keys: Sequence[str] = (KEY,)) -> Side:
+    def publish(events: int) -> None:
+        if len(keys) == 1:
+            for _ in range(events):
+                hub.publish(KEY, PAYLOAD)
+        else:
+            for key in itertools.islice(itertools.cycle(keys), events):
+                hub.publish(key, PAYLOAD)
+
+    def ask() -> list[int]:
+        return [hub.request(KEY, None, to=name).result() for name in names]
+
+    return Side(publish, ask)
+
+
+@contextlib.contextmanager
+def beside_a_stuck_one(how: str) -> Iterator[Side]:
+    """Open a hub with a healthy subscriber and one of the same key that does not get on."""
+    hub = EventHub(name="bench", check=False, stop=Stop(ask=0.1, term=0.1))
+    hub.subscribe(KEY, Counter, name="counter")
+    rule = how if how in ("drop_oldest", "drop_newest", "dead_letter") else "block"
+    work = {"FATAL": die, "frozen": len}.get(how, sleep_for_ever)
+    inbox, once = Inbox(maxsize=STUCK, overflow=rule), Restart(max_restarts=0)
+    patterns = ["stuck"] if how == "own key" else [KEY, "stuck"]
+    stuck = hub.subscribe(patterns, work, name="stuck", inbox=inbox, restart=once)
+    with hub:
+        if how == "frozen":
+            os.kill(stuck.statistics().pids[0], signal.SIGSTOP)
+        hub.publish("stuck", PAYLOAD)
+        while how == "FATAL" and stuck.state != "FATAL":
+            time.sleep(0.01)
+        if how != "own key":
+            for _ in range(2 * STUCK):
+                hub.publish("stuck", PAYLOAD, confirm=True)  # a frozen one holds its publishers for five seconds
+        yield side_of(hub, ["counter"])
+        hub.stop(drain=False)
+
+
+def die(_: object) -> None:
+    os._exit(1)
+
+
+def sleep_for_ever(_: object) -> None:
+    time.sleep(3600)
+
+
+@contextlib.contextmanager
+def published_by(processes: int, opened: Opened) -> Iterator[Side]:
+    """Let other processes publish, all at once."""
+    with opened as side, contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(publisher(side)) for _ in range(processes)]
+
+        def all_do(what: str, events: int) -> list[Any]:
+            for line in lines:
+                line.send((what, events))
+            return [line.recv() for line in lines]
+
+        yield Side(lambda events: all_do("publish", events // processes), lambda: max(all_do("ask", 0)))
+
+
+@contextlib.contextmanager
+def publisher(side: Side) -> Iterator[Any]:
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=obey, args=(side, theirs), daemon=True)
+    process.start()
+    try:
+        yield ours
+    finally:
+        process.kill()
+        process.join()
+
+
+def obey(side: Side, line: Any) -> NoReturn:
+    while True:
+        what, events = line.recv()
+        line.send(side.publish(events) if what == "publish" else side.ask())
+
+
+# -- what is measured
 
 
 @dataclass(frozen=True)
 class Family:
-    """Something to measure on both sides."""
+    """Something to measure on two sides: ``baseline``, whatever that is here, and ``mphub``."""
 
     unit: str
     events: int
-    subscribers: int
     measure: Callable[[Side, int], float]
+    sides: Mapping[str, Callable[[], Opened]]
     less_is_better: bool = False
 
 
 def throughput(side: Side, events: int) -> float:
     """Return deliveries a second."""
     side.publish(WARM_UP)
-    before = side.settle()
+    before = side.ask()
     began = time.perf_counter()
     side.publish(events)
-    after = side.settle()
+    after = side.ask()
     seconds = time.perf_counter() - began
-    must_be(before + after, [WARM_UP + 1] * len(before) + [WARM_UP + 1 + events + 1] * len(after))
+    must_be(after, [handled + events for handled in before])
     return events * len(after) / seconds
 
 
-def roundtrip(side: Side, events: int) -> float:
-    """Return the median microseconds from a question to its answer, one after the other."""
+def roundtrip(side: Side, events: int, share: float) -> float:
+    """Return a percentile of the microseconds from a question to its answer, one after the other."""
+    side.publish(WARM_UP)
     took = []
-    for number in range(1, WARM_UP + events + 1):
+    for _ in range(WARM_UP + events):
         began = time.perf_counter()
         answers = side.ask()
         took.append(time.perf_counter() - began)
-        must_be(answers, [number])
-    return statistics.median(took[WARM_UP:]) * 1e6
+        must_be(answers, [WARM_UP])
+    return sorted(took[WARM_UP:])[int(share * events)] * 1e6
+
+
+def against_two_hop(unit: str, subscribers: int, events: int = 300_000, publishers: int = 0) -> Family:
+    sides: dict[str, Callable[[], Opened]] = {"baseline": lambda: two_hop(subscribers), "mphub": lambda: mphub(subscribers)}
+    if publishers:
+        sides = {name: partial(crowded, publishers, opened) for name, opened in sides.items()}
+    return Family(unit, events, throughput, sides)
+
+
+def crowded(publishers: int, opened: Callable[[], Opened]) -> Opened:
+    return published_by(publishers, opened())
+
+
+def asked(unit: str, share: float) -> Family:
+    sides = {"baseline": lambda: two_hop(1), "mphub": lambda: mphub(1)}
+    return Family(unit, 5_000, partial(roundtrip, share=share), sides, less_is_better=True)
+
+
+def against_itself(unit: str, special: Callable[[], Opened], usual: Callable[[], Opened] = lambda: mphub(1)) -> Family:
+    return Family(unit, 300_000, throughput, {"baseline": usual, "mphub": special})
+
+
+def many_keys() -> Opened:
+    return mphub(1, [KEY, "many.>"], [f"many.{number}" for number in range(KEYS)])
+
+
+def many_patterns() -> Opened:
+    return mphub(1, [KEY, *(f"many.{number}.>" for number in range(PATTERNS - 1))])
 
 
 FAMILIES = {
-    "throughput-1": Family("events/s to 1 subscriber", 300_000, 1, throughput),
-    "throughput-4": Family("deliveries/s to 4 subscribers", 300_000, 4, throughput),
-    "roundtrip": Family("us from question to answer", 5_000, 1, roundtrip, less_is_better=True),
+    "throughput-1": against_two_hop("events/s to 1 subscriber", 1),
+    "throughput-4": against_two_hop("deliveries/s to 4 subscribers", 4),
+    "throughput-16": against_two_hop("deliveries/s to 16 subscribers", 16, 60_000),
+    "publishers-4": against_two_hop("events/s from 4 publishers to 1 subscriber", 1, publishers=4),
+    "roundtrip": asked("us from question to answer, median", 0.5),
+    "roundtrip-p99": asked("us from question to answer, 99th percentile", 0.99),
+    "keys": against_itself(f"events/s of {KEYS:,} keys in turn, against one key", many_keys),
+    "patterns": against_itself(f"events/s of a key among {PATTERNS:,} patterns, against one", many_patterns),
 }
+FAMILIES |= {
+    f"stuck-{how.replace(' ', '-')}": against_itself(
+        f"events/s beside a stuck one ({how}), against alone", partial(beside_a_stuck_one, how)
+    )
+    for how in ("own key", "drop_oldest", "drop_newest", "dead_letter", "FATAL", "frozen")
+}
+USUAL = [name for name in FAMILIES if not name.startswith("stuck-")]
+SIDES = ("baseline", "mphub")
 
 
 def must_be(got: list[int], expected: list[int]) -> None:
@@ -195,7 +316,7 @@ def compare(name: str, events: int, values: dict[str, list[float]]) -> Result:
 def measure(name: str, rounds: int, events: int | None) -> Result:
     """Let the sides take turns."""
     events = events or FAMILIES[name].events
-    values: dict[str, list[float]] = {side: [] for side in SIDES}
+    values: dict[str, list[float]] = {side: [] for side in FAMILIES[name].sides}
     for number in range(1, rounds + 1):
         for side, found in values.items():
             found.append(measure_apart(name, side, events))
@@ -283,7 +404,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; exits with 2 on nonsense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--families", type=families, default=list(FAMILIES), metavar="A,B", help=f"default: {','.join(FAMILIES)}")
+    add("--families", type=families, default=USUAL, metavar="A,B", help=f"default: {','.join(USUAL)}; or of: {','.join(FAMILIES)}")
     add("--rounds", type=whole, default=5, metavar="N", help="measurements of each side; default: 5")
     add("--events", type=whole, metavar="N", help="events a measurement; default: as many as suit the family")
     add("--json", metavar="FILE", help="write all values there; - for stdout, instead of the table")
@@ -316,7 +437,7 @@ def measure_here(what: str, events: int | None) -> int:
     name, side = what.split("/")
     family = FAMILIES[name]
     events = events or family.events
-    with SIDES[side](family.subscribers) as opened:
+    with family.sides[side]() as opened:
         value = family.measure(opened, events)
     print(json.dumps({"family": name, "side": side, "events": events, "value": value}))
     return 0
