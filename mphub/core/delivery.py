@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 from mphub.core.credit import Credit
 from mphub.core.rows import Row
@@ -132,7 +131,7 @@ class Delivery:
         """Take up to ``count`` events off the front of the inbox."""
         while count and self.waiting:
             piece = self.waiting[0]
-            taken = spans_of(islice(indexes(piece.spans), count))
+            taken = first_of(piece.spans, count)
             piece.spans = subtract(piece.spans, taken)
             if not piece.spans:
                 self.waiting.popleft()
@@ -353,13 +352,13 @@ def indexes(spans: Spans) -> Iterator[int]:
         yield from range(a, b)
 
 
-def last_of(spans: Spans, count: int) -> Spans:
-    """Return the last so many indexes of some spans."""
+def first_of(spans: Spans, count: int) -> Spans:
+    """Return the first so many indexes of some spans."""
     found: Spans = []
-    for a, b in reversed(spans):
+    for a, b in spans:
         if count <= 0:
             break
-        found.insert(0, (max(a, b - count), b))
+        found.append((a, min(b, a + count)))
         count -= b - a
     return found
 

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from mphub import failpoints
-from mphub.core.delivery import Portion, Range, Spans, Verdict, last_of, length, parts_within
+from mphub.core.delivery import Portion, Range, Spans, Verdict, first_of, indexes, length, parts_within, subtract
 from mphub.core.keys import nearest
 from mphub.core.rows import Row, part_of, share
 from mphub.core.table import RoutingTable
@@ -181,9 +181,7 @@ class Exchange:
     def _drop(self, box: Mailbox, portion: Portion, spans: Spans, reason: str) -> int:
         count = length(spans)
         if portion.row.batch.reply:
-            for a, b in spans:
-                for index in range(a, b):
-                    self.letters.answer(portion.row, index, "dropped", encode(reason))
+            self._answer_all(portion.row, spans, "dropped", encode(reason))
         box.counters.drop(reason, count)
         self.settle(box, portion, spans)
         return count
@@ -208,9 +206,7 @@ class Exchange:
         box.delivery.prune()
 
     def _fail_request(self, box: Mailbox, portion: Portion, spans: Spans) -> None:
-        for a, b in spans:
-            for index in range(a, b):
-                self.letters.answer(portion.row, index, "fatal", encode((box.name, box.status)))
+        self._answer_all(portion.row, spans, "fatal", encode((box.name, box.status)))
         box.counters.dead += length(spans)
         self.settle(box, portion, list(spans))
 
@@ -256,23 +252,26 @@ class Exchange:
     def take_in(self, batch: Batch, header: bytes, body: bytes, epoch: int) -> None:
         """Decide whom each event is for, and store that with the row."""
         matched = self._match_request(batch) if batch.reply else self._match(batch)
-        count = batch.count
-        self.accepted += count
-        if not matched:
-            self.references.end(batch.blob)
-            return
-        number = self.next_row
+        self.accepted += batch.count
+        row = Row(self.next_row, epoch, batch, header, body)
+        self.references.hold(batch.blob)
+        taken = {box: left for box, spans in matched.items() if (left := self._admit(box, row, spans))}
+        if taken:
+            self._store(row, taken)
+        self.references.drop(batch.blob)
+
+    def _store(self, row: Row, taken: dict[Mailbox, Spans]) -> None:
         self.next_row += 1
-        whole = [(0, count)]
-        stored = encode((epoch, msgspec.Raw(header), {b.number: None if s == whole else s for b, s in matched.items()}, body))
-        self.journal.append("rows", number.to_bytes(8, "big"), stored)
-        row = Row(number, epoch, batch, header, body)
-        self._rows[number] = row
-        self.left[number] = len(matched)
-        self.references.hold_for(number, batch.blob)
-        size = share(batch)
-        for box, spans in matched.items():
-            self._deliver_to(box, row, spans, size)
+        whole = [(0, row.count)]
+        matched = {box.number: None if spans == whole else spans for box, spans in taken.items()}
+        stored = encode((row.epoch, msgspec.Raw(row.header), matched, row.body))
+        self.journal.append("rows", row.id.to_bytes(8, "big"), stored)
+        self._rows[row.id] = row
+        self.left[row.id] = len(taken)
+        self.references.hold_for(row.id, row.batch.blob)
+        size = share(row.batch)
+        for box, spans in taken.items():
+            self._deliver_to(box, Portion(row, spans, size))
 
     def _match(self, batch: Batch) -> dict[Mailbox, Spans]:
         matched: dict[Mailbox, Spans] = {}
@@ -328,26 +327,43 @@ class Exchange:
         self.unmatched[key] = self.unmatched.get(key, 0) + count
         self._meta = (0, 0, 0)
 
-    def _deliver_to(self, box: Mailbox, row: Row, spans: Spans, size: int) -> None:
-        portion = Portion(row, spans, size)
-        excess = max(0, portion.count - box.room()) if box.overflow != "block" else 0
+    def _admit(self, box: Mailbox, row: Row, spans: Spans) -> Spans:
+        """Return which of some new events an inbox takes; the rest ends here, and leaves nothing behind but its count."""
+        if row.batch.reply and box.given_up:
+            self._answer_all(row, spans, "fatal", encode((box.name, box.status)))
+            box.counters.accepted += length(spans)
+            box.counters.dead += length(spans)
+            self.touch(box)
+            return []
+        if box.overflow in ("block", "drop_oldest"):
+            return spans
+        taken = first_of(spans, box.room())
+        if excess := subtract(spans, taken):
+            self._refuse(box, row, excess)
+        return taken
+
+    def _refuse(self, box: Mailbox, row: Row, spans: Spans) -> None:
+        """Drop new events, or make dead letters of them."""
+        box.counters.accepted += length(spans)
+        self.touch(box)
+        if box.overflow == "dead_letter":
+            self.letters.bury_untried(box, row, spans, "overflow")
+            return
+        if row.batch.reply:
+            self._answer_all(row, spans, "dropped", encode("overflow"))
+        box.counters.drop("overflow", length(spans))
+
+    def _answer_all(self, row: Row, spans: Spans, outcome: str, body: bytes) -> None:
+        for index in indexes(spans):
+            self.letters.answer(row, index, outcome, body)
+
+    def _deliver_to(self, box: Mailbox, portion: Portion) -> None:
+        excess = max(0, portion.count - box.room()) if box.overflow == "drop_oldest" else 0
         box.account(portion)
         self.touch(box)
-        if row.batch.reply and box.given_up:
-            self._fail_request(box, portion, spans)
-        elif excess and box.overflow != "drop_oldest":
-            self._refuse_newest(box, portion, excess)
         box.enqueue(portion)
-        if excess and box.overflow == "drop_oldest":
+        if excess:
             self._drop_oldest(box, excess)
-
-    def _refuse_newest(self, box: Mailbox, portion: Portion, excess: int) -> None:
-        """Drop the last events of a new portion, or make dead letters of them."""
-        last = last_of(portion.todo, excess)
-        if box.overflow == "drop_newest":
-            self._drop(box, portion, last, "overflow")
-        else:
-            self.letters.bury_untried(box, portion, last, "overflow")
 
     def _drop_oldest(self, box: Mailbox, excess: int) -> None:
         """Drop what has waited longest; what the process has been given stays."""

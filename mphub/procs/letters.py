@@ -72,7 +72,13 @@ class Letters:
         error: bytes = b"", traceback: str = "", cause: Cause | None = None, told: bool = False,
     ) -> None:  # fmt: skip
         """End one event as a dead letter; a request's failure goes to its requester instead."""
-        row = portion.row
+        self._enter(box, portion.row, index, reason, attempts, error, traceback, cause, told)
+        self.exchange.settle(box, portion, [(index, index + 1)])
+
+    def _enter(
+        self, box: Mailbox, row: Row, index: int, reason: str, attempts: int,
+        error: bytes = b"", traceback: str = "", cause: Cause | None = None, told: bool = False,
+    ) -> None:  # fmt: skip
         if row.batch.reply:
             outcome, body = request_outcome(reason, error, traceback, cause)
             self.answer(row, index, outcome, body)
@@ -88,14 +94,12 @@ class Letters:
             event = f"{row.batch.publisher << 40 | row.batch.number + index:026x}"
             self.exchange.tell("dead_letter", box.name, reason, key=row.key(index), id=event, attempts=attempts)
         box.counters.dead += 1
-        self.exchange.settle(box, portion, [(index, index + 1)])
 
-    def bury_untried(self, box: Mailbox, portion: Portion, spans: Spans, reason: str) -> None:
-        """End events that nobody has tried as dead letters, those of one frame as one row: a flood of them must cost little."""
-        row = portion.row
+    def bury_untried(self, box: Mailbox, row: Row, spans: Spans, reason: str) -> None:
+        """Enter events that nobody has tried as dead letters, those of one frame as one row: a flood of them must cost little."""
         if row.batch.reply or row.batch.blob is not None:
             for index in indexes(spans):
-                self.bury(box, portion, index, reason, 0)
+                self._enter(box, row, index, reason, 0)
             return
         for a, b in spans:
             body = row.body if b - a == row.count else join(split(row.body)[a:b])
@@ -103,7 +107,6 @@ class Letters:
             event = f"{row.batch.publisher << 40 | row.batch.number + a:026x}"
             self.exchange.tell("dead_letter", box.name, reason, b - a, key=row.key(a), id=event, attempts=0)
         box.counters.dead += length(spans)
-        self.exchange.settle(box, portion, spans)
 
     def _keep(self, dead: Dead) -> None:
         self._write(self._next.to_bytes(8, "big"), dead)

@@ -125,9 +125,7 @@ class Mailbox:
 
     def enqueue(self, portion: Portion) -> None:
         """Let a new portion wait: in the window if there is room, else behind it in the journal."""
-        if not portion.todo:
-            heapq.heappush(self.open, portion.row.id)
-        elif self.tail is None and self.wants_more():
+        if self.tail is None and self.wants_more():
             self.load(portion)
         elif self.tail is None:
             self.tail = portion.row.id

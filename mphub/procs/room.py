@@ -95,7 +95,8 @@ class Room:
         while self._looked and self.is_full and (box := self._stuck()) is not None:
             taken = list(box.delivery.take_oldest(EVENTS))
             for portion, spans in taken:
-                exchange.letters.bury_untried(box, portion, spans, "overflow")
+                exchange.letters.bury_untried(box, portion.row, spans, "overflow")
+                exchange.settle(box, portion, spans)
             exchange.refill(box)
             if sum(length(spans) for _, spans in taken) == EVENTS:
                 return  # the rest in the next turn

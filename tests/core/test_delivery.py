@@ -24,8 +24,8 @@ from mphub.core.delivery import (
     Spans,
     Verdict,
     contains,
+    first_of,
     indexes,
-    last_of,
     length,
     parts_within,
     spans_of,
@@ -374,13 +374,6 @@ Subscriber.TestCase.settings = settings(max_examples=200, stateful_step_count=40
 TestDelivery = Subscriber.TestCase
 
 
-def test_the_last_of_spans() -> None:
-    spans = [(0, 2), (5, 8), (9, 10)]
-    assert [last_of(spans, n) for n in (0, 1, 2, 4, 5, 99)] == [
-        [],
-        [(9, 10)],
-        [(7, 8), (9, 10)],
-        [(5, 8), (9, 10)],
-        [(1, 2), (5, 8), (9, 10)],
-        spans,
-    ]
+@given(SETS, st.integers(0, 50))
+def test_the_first_of_spans(some: set[int], count: int) -> None:
+    assert list(indexes(first_of(spans_of(sorted(some)), count))) == sorted(some)[:count]

@@ -10,7 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mphub import EventHub, Inbox, Restart, Stop, Subscription
+from mphub import EventHub, Inbox, Limits, Restart, Stop, Subscription
+from mphub.procs.exchange import Exchange
+from mphub.store.blobs import Blobs
+from mphub.store.journal import Journal
+from mphub.wire.frames import Batch, encode, join
+from mphub.wire.specs import Spec, Surroundings
 from tests.faults.beats import KEY, beating
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
@@ -118,3 +123,25 @@ def test_one_that_thaws_goes_on_where_it_was(tmp_path: Path) -> None:
         hub.drain(20)
         assert k.statistics().handled == EVENTS
     assert lines(log) == [str(n) for n in range(EVENTS)], "the last ones died first, and came back last"
+
+
+@pytest.mark.parametrize("overflow", ["drop_oldest", "drop_newest", "dead_letter"])
+def test_what_a_stuck_one_does_not_take_leaves_nothing_behind(overflow: str, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    exchange = Exchange(Journal(tmp_path, 64 << 20), Blobs(tmp_path / "blobs"), 64 << 20, time.time)
+    nowhere = Surroundings(b"", [], {})
+    spec = Spec("k", ["k"], b"", nowhere, Inbox(maxsize=25, overflow=overflow), Limits(), Restart(), 3)
+    with exchange.turn():
+        exchange.subscribe(spec)
+    box = exchange.boxes["k"]
+    sizes = []
+    for turn in range(200):
+        batch = Batch(7, turn + 1, 10 * turn + 1, [("k", 10)], 0.0)
+        with exchange.turn():
+            exchange.accept(batch, encode(batch), join([b"x"] * 10))
+            exchange.letters.purge(None, None)
+            tables = {table: len(list(exchange.journal.scan(table))) for table in ("rows", "progress", "dead")}
+        sizes.append((len(box.open), len(box.closed), len(box.noted), *tables.values()))
+    exchange.journal.close()
+    assert (box.unfinished, box.counters.accepted, sum(box.counters.dropped.values())) == (25, 2000, 1975)
+    assert all(max(column) <= 5 for column in zip(*sizes, strict=True)), "no more than what waits, however much has come"
