@@ -32,6 +32,8 @@ LATER = 1.0
 TICK = 0.1
 """Seconds between looks at limits, outputs and frozen processes."""
 LIMIT_TICK = 0.02
+ASLEEP = 1.0
+"""Seconds without a look from which this process, and then most likely the whole hub, was stopped or had no core."""
 FROZEN_AFTER = 5.0
 HELD_AFTER = 5.0
 """Seconds that publishers wait before a notice names whom they wait for."""
@@ -61,6 +63,7 @@ class Supervisor:
         """Calls that came before the journal had said who is subscribed."""
         self.stopping = False
         self.next_tick = 0.0
+        self.awake = time.monotonic()
         self._watch_hub()
         gc.freeze()  # the template's objects are shared with every child
         self.link = Link(self)
@@ -108,6 +111,10 @@ class Supervisor:
 
     def _tick(self) -> None:
         now = time.monotonic()
+        if now - self.awake > ASLEEP:
+            for child in self._children():
+                child.forgive(now - self.awake)
+        self.awake = now
         self.link.tick(now)
         for ward in list(self.wards.values()):
             if ward.start_at is not None and ward.start_at <= now:

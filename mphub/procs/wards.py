@@ -119,6 +119,15 @@ class Child:
             self.running_since = (slot, now)
         return slot, now - self.running_since[1]
 
+    def forgive(self, seconds: float) -> None:
+        """Do not count a time in which nobody could have done anything."""
+        self.started += seconds
+        self.kill_at = [(at + seconds, number) for at, number in self.kill_at]
+        if self.running_since is not None:
+            self.running_since = (self.running_since[0], self.running_since[1] + seconds)
+        if self.frozen_since is not None:
+            self.frozen_since += seconds
+
     def is_frozen(self) -> bool:
         fields = fork.stat_fields(self.pid)
         return bool(fields) and fields[0] in "Tt"
