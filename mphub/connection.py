@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import AbstractContextManager
 from multiprocessing import util as mp_util
 from pickle import dumps
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import psutil
@@ -25,6 +25,7 @@ from mphub.events import EventId, Topic, str_of
 from mphub.reply import Reply, failure_of
 from mphub.store.blobs import Blobs
 from mphub.wire import codec, frames
+from mphub.wire.codec import Parts
 from mphub.wire.frames import (
     BLOB_MIN,
     MAX_EVENTS,
@@ -111,7 +112,7 @@ class Connection:
         self._sequence = self._written = 0
         """The last frames that were made and that were sent."""
         self._first = 1
-        self._events: list[bytes] = []
+        self._events: list[bytes | Parts] = []
         self._runs: list[tuple[str, int]] = []
         self._extras: dict[int, Extra] = {}
         self._key: str | None = None
@@ -144,7 +145,7 @@ class Connection:
 
         Raises PayloadError, HubClosed, and with ``confirm`` what the router refused it for.
         """
-        data, extra = codec.encode(payload), extra_of(ordering_key, headers)
+        data, extra = codec.encode_apart(payload), extra_of(ordering_key, headers)
         with self._enter():
             number = self._add(key, data, extra, (None, False, epoch) if epoch else PLAIN, strict=confirm)
             if confirm:
@@ -156,7 +157,7 @@ class Connection:
 
         Raises InvalidKey, PayloadError, HubClosed.
         """
-        data = dumps(payload, 5) if type(payload) in SCALARS else codec.encode(payload)
+        data = dumps(payload, 5) if type(payload) in SCALARS else codec.encode_apart(payload)
         size = len(data)
         if self._is_mine():
             self._enter()
@@ -182,7 +183,7 @@ class Connection:
         """
         if target is not None:
             check_name(target, "to")
-        data = codec.encode(payload)
+        data = codec.encode_apart(payload)
         reply: Reply[object] = Reply()
         with self._enter():
             number = self._add(key, data, None, (target, True, 0), reply)
@@ -226,7 +227,7 @@ class Connection:
         return self._lock
 
     def _add(
-        self, key: str, data: bytes, extra: Extra | None, mode: Mode, reply: Reply[object] | None = None, *, strict: bool = False
+        self, key: str, data: bytes | Parts, extra: Extra | None, mode: Mode, reply: Reply[object] | None = None, *, strict: bool = False
     ) -> int:  # fmt: skip
         """Put one event into the batch, and send the batch when that is due; with the lock held.
 
@@ -258,7 +259,7 @@ class Connection:
             raise self._ended
         self._send()
 
-    def _append(self, key: str, data: bytes, extra: Extra | None) -> int:
+    def _append(self, key: str, data: bytes | Parts, extra: Extra | None) -> int:
         """Put one event into the batch and return its number; an interrupt leaves it wholly inside or outside."""
         if self._key != key:
             self._begin_run(key)
@@ -298,11 +299,14 @@ class Connection:
                 self._write()
             return self._sequence
         target, reply, epoch = self._mode
-        body = join(self._events)
-        blob = None
-        size = len(body)
-        if size > BATCH_BYTES * 4 or (len(self._events) == 1 and size >= BLOB_MIN):
-            blob, body = self._write_file(self._events[0] if len(self._events) == 1 else body), b""
+        body, blob = b"", None
+        if len(self._events) == 1 and len(self._events[0]) >= BLOB_MIN:
+            size, blob = len(self._events[0]), self._write_file(self._events[0])
+        else:
+            body = join(cast("list[bytes]", self._events))  # parts are large, and go alone
+            size = len(body)
+            if size > BATCH_BYTES * 4:
+                blob, body = self._write_file(body), b""
         sequence = self._sequence + 1
         header = encode(
             Batch(
@@ -321,7 +325,7 @@ class Connection:
         self._write()
         return sequence
 
-    def _write_file(self, data: bytes) -> str:
+    def _write_file(self, data: bytes | Parts) -> str:
         try:
             return self._blobs.write(data)
         except OSError as error:
@@ -582,7 +586,7 @@ def settle_reply(future: Reply[object], reply: frames.Reply, blobs: Blobs) -> No
     """Put the outcome into the future."""
     try:
         if reply.outcome == "ok":
-            future.set_result(codec.loads(blobs.read(reply.blob) if reply.blob else reply.body))
+            future.set_result(codec.load_any(blobs.read(reply.blob) if reply.blob else reply.body))
         else:
             future.set_exception(failure_of(reply.outcome, reply.body))
     except Exception as error:  # the result cannot be loaded here: that is the answer

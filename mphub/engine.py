@@ -319,7 +319,7 @@ def letter_of(dead: Dead, blobs: Blobs, room: int) -> DeadLetter:
     return DeadLetter(
         id=EventId.make(batch.publisher, batch.number), key=batch.runs[0][0], subscriber=dead.subscriber, reason=dead.reason,
         attempts=dead.attempts, traceback=dead.traceback, exit=dead.exit, pid=dead.pid, at=dead.at, rss=dead.rss,
-        stderr=dead.stderr, told=dead.told, _payload=payload, _error=dead.error,
+        stderr=dead.stderr, told=dead.told, _payload=payload, _error=dead.error, _loads=codec.load_any,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -97,10 +98,11 @@ class DeadLetter:
     """Its failure was raised to the caller (inline engine)."""
     _payload: bytes = field(repr=False)
     _error: bytes = field(repr=False)
+    _loads: Callable[[bytes], Any] = field(default=pickle.loads, repr=False, compare=False)
 
     @property
     def payload(self) -> Any:
-        return pickle.loads(self._payload)
+        return self._loads(self._payload)
 
     @property
     def error(self) -> BaseException | None:

@@ -43,6 +43,8 @@ WARM_UP = 1000
 FORK = multiprocessing.get_context("fork")
 KEYS = 100_000
 PATTERNS = 1000
+LARGE = 10_000
+"""Elements of a payload that is looked at."""
 STUCK = 1000
 """Events that a stuck subscriber's inbox takes."""
 
@@ -62,7 +64,7 @@ Opened = AbstractContextManager[Side]
 
 
 @contextlib.contextmanager
-def two_hop(subscribers: int) -> Iterator[Side]:
+def two_hop(subscribers: int, payload: object = PAYLOAD) -> Iterator[Side]:
     """Open the baseline: plain queues, processes by fork, nothing else."""
     ingress, answers = FORK.Queue(), FORK.Queue()
     inboxes = [FORK.Queue() for _ in range(subscribers)]
@@ -71,7 +73,7 @@ def two_hop(subscribers: int) -> Iterator[Side]:
 
     def publish(events: int) -> None:
         for _ in range(events):
-            ingress.put((KEY, PAYLOAD))
+            ingress.put((KEY, payload))
 
     def ask() -> list[int]:
         ingress.put((KEY, None))  # what was put before is got before
@@ -98,39 +100,50 @@ def route(ingress: Queue[Any], table: dict[str, list[Queue[Any]]]) -> NoReturn:
 def count(inbox: Queue[Any], answers: Queue[int]) -> NoReturn:
     handled = 0
     while True:
-        if inbox.get() is None:
+        payload = inbox.get()
+        if payload is None:
             answers.put(handled)
         else:
             handled += 1
+            if len(payload) > LARGE:
+                look_at(payload)
 
 
-class Counter(Subscriber[bytes | None, int]):
+class Counter(Subscriber[Any, int]):
     """Does next to nothing, so that the way there is what is measured."""
 
     handled = 0
 
-    def handle(self, payload: bytes | None) -> int:
-        self.handled += payload is not None
+    def handle(self, payload: Any) -> int:
+        if payload is not None:
+            self.handled += 1
+            if len(payload) > LARGE:
+                look_at(payload)
         return self.handled
 
 
+def look_at(payload: Any) -> object:
+    """Touch a large one here and there."""
+    return payload[:: LARGE // 8].sum()
+
+
 @contextlib.contextmanager
-def mphub(subscribers: int, patterns: str | list[str] = KEY, keys: Sequence[str] = (KEY,)) -> Iterator[Side]:
+def mphub(subscribers: int, patterns: str | list[str] = KEY, keys: Sequence[str] = (KEY,), payload: object = PAYLOAD) -> Iterator[Side]:
     """Open a hub with its defaults."""
     hub = EventHub(name="bench")
     names = [hub.subscribe(patterns, Counter, name=f"counter-{number}").name for number in range(subscribers)]
     with hub:
-        yield side_of(hub, names, keys)
+        yield side_of(hub, names, keys, payload)
 
 
-def side_of(hub: EventHub, names: list[str], keys: Sequence[str] = (KEY,)) -> Side:
+def side_of(hub: EventHub, names: list[str], keys: Sequence[str] = (KEY,), payload: object = PAYLOAD) -> Side:
     def publish(events: int) -> None:
         if len(keys) == 1:
             for _ in range(events):
-                hub.publish(KEY, PAYLOAD)
+                hub.publish(KEY, payload)
         else:
             for key in itertools.islice(itertools.cycle(keys), events):
-                hub.publish(key, PAYLOAD)
+                hub.publish(key, payload)
 
     def ask() -> list[int]:
         return [hub.request(KEY, None, to=name).result() for name in names]
@@ -217,7 +230,7 @@ class Family:
 
 def throughput(side: Side, events: int) -> float:
     """Return deliveries a second."""
-    side.publish(WARM_UP)
+    side.publish(min(WARM_UP, events))
     before = side.ask()
     began = time.perf_counter()
     side.publish(events)
@@ -259,6 +272,12 @@ def against_itself(unit: str, special: Callable[[], Opened], usual: Callable[[],
     return Family(unit, 300_000, throughput, {"baseline": usual, "mphub": special})
 
 
+def array() -> object:
+    import numpy
+
+    return numpy.random.default_rng(1).random(1 << 20)
+
+
 def many_keys() -> Opened:
     return mphub(1, [KEY, "many.>"], [f"many.{number}" for number in range(KEYS)])
 
@@ -274,6 +293,12 @@ FAMILIES = {
     "publishers-4": against_two_hop("events/s from 4 publishers to 1 subscriber", 1, publishers=4),
     "roundtrip": asked("us from question to answer, median", 0.5),
     "roundtrip-p99": asked("us from question to answer, 99th percentile", 0.99),
+    "array-4": Family(
+        "deliveries/s of an 8 MB array to 4 subscribers, each looks at a part",
+        200,
+        throughput,
+        {"baseline": lambda: two_hop(4, array()), "mphub": lambda: mphub(4, payload=array())},
+    ),
     "keys": against_itself(f"events/s of {KEYS:,} keys in turn, against one key", many_keys),
     "patterns": against_itself(f"events/s of a key among {PATTERNS:,} patterns, against one", many_patterns),
 }

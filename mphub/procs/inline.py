@@ -27,6 +27,7 @@ from mphub.store.blobs import Blobs
 from mphub.store.journal import MemoryJournal
 from mphub.subscriber import holder
 from mphub.wire import codec
+from mphub.wire.codec import Parts
 from mphub.wire.frames import Batch, Extra, Failure, ReplyRow, Report, encode, extra_of, join, split
 from mphub.wire.specs import Spec
 
@@ -34,10 +35,10 @@ from mphub.wire.specs import Spec
 class NoBlobs(Blobs):
     """Inline events stay in memory, whatever their size."""
 
-    def spill(self, data: bytes) -> tuple[bytes, str | None]:
-        return data, None
+    def spill(self, data: bytes | Parts) -> tuple[bytes, str | None]:
+        return bytes(data), None
 
-    def write(self, data: bytes) -> str:
+    def write(self, data: bytes | Parts) -> str:
         raise HubError("the inline engine writes no files")
 
     def of_writer(self, writer: int) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import cast
 
 from mphub.store.blobs import Blobs
-from mphub.wire.codec import check_size
+from mphub.wire.codec import Parts, check_size
 from mphub.wire.frames import BLOB_MIN, MAX_EVENTS, Batch, Extra, Output, join
 
 
@@ -14,17 +15,17 @@ class Outputs:
 
     def __init__(self, incarnation: int, blobs: Blobs, largest: int, large: int = BLOB_MIN) -> None:
         self.incarnation, self.blobs, self.largest, self.large = incarnation, blobs, largest, large
-        self.fresh: list[tuple[str, bytes, Extra | None]] = []
+        self.fresh: list[tuple[str, bytes | Parts, Extra | None]] = []
         self.kept: list[Output] = []
         self.size = 0
         """Bytes kept."""
         self._number = 0
-        self._events: list[tuple[str, bytes, Extra | None]] = []
+        self._events: list[tuple[str, bytes | Parts, Extra | None]] = []
         self._header = 0
         """Bytes of their keys and headers."""
         self._epoch = 0
 
-    def publish(self, key: str, data: bytes, extra: Extra | None) -> int:
+    def publish(self, key: str, data: bytes | Parts, extra: Extra | None) -> int:
         """Note an output of the running event; return its running number in this incarnation.
 
         Raises PayloadError.
@@ -63,10 +64,14 @@ class Outputs:
         events = self._events
         if not events:
             return
-        body = join([data for _, data, _ in events])
-        size, blob = len(body), None
-        if size >= self.large:
-            blob, body = self.blobs.write(events[0][1] if len(events) == 1 else body), b""
+        body, blob = b"", None
+        if len(events) == 1 and len(events[0][1]) >= self.large:
+            size, blob = len(events[0][1]), self.blobs.write(events[0][1])
+        else:
+            body = join(cast("list[bytes]", [data for _, data, _ in events]))  # parts are large, and go alone
+            size = len(body)
+            if size >= self.large:
+                blob, body = self.blobs.write(body), b""
         runs: list[tuple[str, int]] = []
         for key, _, _ in events:
             if runs and runs[-1][0] == key:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +28,6 @@ from mphub.store.board import READY, SLOTS, Board
 from mphub.subscriber import holder
 from mphub.wire import codec, frames
 from mphub.wire.frames import (
-    BLOB_MIN,
     Deliver,
     Failure,
     HelloSubscriber,
@@ -82,6 +81,7 @@ class Worker:
         self.is_ready = False
         self.offsets: Sequence[int] = ()
         self.events: list[Any] = []
+        self.loads: Callable[[Any], Any] = codec.loads
         self.last = 0
 
     # -- life
@@ -108,7 +108,7 @@ class Worker:
             subscriber.setup()
             state = self.blobs.read(welcome.blob) if welcome.blob else welcome.snapshot
             if state:
-                subscriber.restore(codec.loads(state))
+                subscriber.restore(codec.load_any(state))
         self.last_snapshot = time.monotonic()
         self.plain = self.work.to is None and self.spec.snapshot is None
         self.is_ready = True
@@ -216,6 +216,8 @@ class Worker:
         failpoints.hit("worker.read")
         self.deliver, self.offsets = deliver, deliver.chosen if deliver.chosen is not None else range(deliver.count)
         self.last = deliver.number + self.offsets[-1]
+        alone = deliver.batch.blob is not None and deliver.batch.count == 1
+        self.loads = codec.load_any if alone else codec.loads
         self.events = self._from_blob(deliver) if deliver.batch.blob is not None else split(body)
         started = time.perf_counter()
         self._run(deliver)
@@ -250,7 +252,7 @@ class Worker:
 
         No clock, no context variable and no method call per event: this loop is the rate.
         """
-        states, call, loads, fresh = self.board.map, self.runner.call, codec.loads, self.outputs.fresh
+        states, call, loads, fresh = self.board.map, self.runner.call, self.loads, self.outputs.fresh
         slot = slots[at]
         try:
             for data, slot in zip(self.events[at:], slots[at:], strict=True):
@@ -267,7 +269,7 @@ class Worker:
 
     def _run_fully(self, slots: Sequence[int], at: int) -> int | None:
         """Run events whose results go somewhere, or whose state is kept by snapshots."""
-        states, call, loads, fresh = self.board.map, self.runner.call, codec.loads, self.outputs.fresh
+        states, call, loads, fresh = self.board.map, self.runner.call, self.loads, self.outputs.fresh
         saves = self.spec.snapshot is not None
         slot = slots[at]
         try:
@@ -288,10 +290,10 @@ class Worker:
         assert self.deliver is not None
         deliver = self.deliver
         if self.work.to is not None and result is not None:
-            self.outputs.publish(self.work.to, codec.encode(result, "result"), None)
+            self.outputs.publish(self.work.to, codec.encode_apart(result, "result"), None)
         if not deliver.batch.reply:
             return False
-        data, blob = self.blobs.spill(codec.encode(result, "result"))
+        data, blob = self.blobs.spill(codec.encode_apart(result, "result"))
         number = deliver.batch.number + deliver.index + offset
         self.replies.append(ReplyRow(deliver.batch.publisher, number, "ok", data, blob))
         return True
@@ -373,8 +375,8 @@ class Worker:
             return None, None
         self.unsaved = 0
         self.last_snapshot = time.monotonic()
-        data = codec.encode(self.runner.subscriber.snapshot(), "snapshot")
-        return (data, None) if len(data) < BLOB_MIN else (None, self.blobs.write(data))
+        data, blob = self.blobs.spill(codec.encode_apart(self.runner.subscriber.snapshot(), "snapshot"))
+        return (data, None) if blob is None else (None, blob)
 
     # -- what a handler may ask (Context)
 
@@ -383,7 +385,10 @@ class Worker:
             epoch = self.deliver.epoch if self.deliver is not None else 0
             return connection_to(self.address).publish(key, payload, ordering_key=ordering_key, headers=headers, epoch=epoch)
         extra = frames.extra_of(ordering_key, headers)
-        return EventId.make(self.incarnation, self.outputs.publish(key, codec.encode(payload), extra))
+        data = codec.encode_apart(payload)
+        if isinstance(data, codec.Parts):
+            data = bytes(data)  # it goes out when the handler returns, which may change the payload until then
+        return EventId.make(self.incarnation, self.outputs.publish(key, data, extra))
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
         if target == self.name or (target is None and self.spec.answers and any(matches(p, key) for p in self.spec.patterns)):
@@ -396,7 +401,10 @@ class Worker:
         if self.deliver is None or slot is None:
             raise HubError("mphub.current_event: no event is being handled; it works in handle(payload), not in setup or teardown")
         offset = (slot - self.deliver.number) % SLOTS
-        payload = codec.loads(self.events[self.offsets.index(offset)])
+        data = self.events[self.offsets.index(offset)]
+        if self.loads is codec.load_any:  # the handler may have changed what it got: a view of that map
+            data = self.blobs.read(self.deliver.batch.blob or "")
+        payload = self.loads(data)
         return event_of(self.deliver.batch, self.deliver.index + offset, payload, self._attempt(self.deliver.number + offset))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import mmap
 import os
 import time
 from pathlib import Path
 
 from mphub import failpoints
+from mphub.wire.codec import Parts
 from mphub.wire.frames import BLOB_MIN
 
 ROOM_EVERY = 0.05
@@ -24,7 +26,7 @@ class Blobs:
         self.number, self.writer = writer, f"{writer:016x}"
         self._made = time.time_ns()  # another object of the same writer takes no name twice
 
-    def write(self, data: bytes) -> str:
+    def write(self, data: bytes | Parts) -> str:
         """Write a file whole and return its name; one that is patient waits while the disk is full."""
         self._made += 1
         name = f"{self.writer}-{self._made}"
@@ -38,18 +40,22 @@ class Blobs:
                     raise
             time.sleep(ROOM_EVERY)
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, data: bytes | Parts) -> None:
+        pieces = data.pieces if isinstance(data, Parts) else [data]
         try:
-            with open(path, "xb") as file:
-                failpoints.hit("blobs.half_written", file.raw.write, data)
-                file.write(data)
+            with open(path, "xb", buffering=0) as file:
+                failpoints.hit("blobs.half_written", file.write, pieces[-1])
+                for piece in pieces:
+                    write_all(file, piece)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
 
-    def spill(self, data: bytes) -> tuple[bytes, str | None]:
+    def spill(self, data: bytes | Parts) -> tuple[bytes, str | None]:
         """Return (data, None) if it is small, else (b"", name of its file)."""
-        return (data, None) if len(data) < BLOB_MIN else (b"", self.write(data))
+        if isinstance(data, bytes) and len(data) < BLOB_MIN:
+            return data, None
+        return b"", self.write(data)
 
     def read(self, name: str) -> memoryview:
         """Map a file privately: writable, nothing copied that is not written, the file unchanged."""
@@ -69,6 +75,13 @@ class Blobs:
         """List what one writer left."""
         prefix = f"{writer:016x}-"
         return [entry.name for entry in os.scandir(self.folder) if entry.name.startswith(prefix)]
+
+
+def write_all(file: io.FileIO, piece: bytes | memoryview) -> None:
+    """Write without a copy; a disk that fills up takes a part, and says so with the next one."""
+    left = memoryview(piece).cast("B")
+    while left:
+        left = left[file.write(left) :]
 
 
 class References:

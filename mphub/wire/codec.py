@@ -5,20 +5,51 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import sys
 import traceback
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import CodeType
 from typing import Any
 
 from mphub.errors import PayloadError, RemoteError
+from mphub.wire.frames import BLOB_MIN
 
 loads = pickle.loads
 MOST_CHARS, MOST_BYTES = 20_000, 64 << 10
 """Of an exception's text and pickle: they go into notices and dead letters."""
+MAGIC = b"\0mphub\0\1"
+"""No pickle begins like this."""
+ALIGNED = 64
+_HEAD = struct.Struct("<8sQ")
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+class Parts:
+    """A pickle and the large buffers that it leaves out (PEP 574), as they lie in a file: nothing is copied on the way there.
+
+    The file is a head (magic, lengths), the pickle, and each buffer at a multiple of 64 bytes.
+    """
+
+    def __init__(self, data: bytes, buffers: Sequence[memoryview]) -> None:
+        parts = [memoryview(data), *buffers]
+        lengths = [part.nbytes for part in parts]
+        head = _HEAD.pack(MAGIC, len(lengths)) + struct.pack(f"<{len(lengths)}Q", *lengths)
+        self.pieces = [memoryview(head)]
+        self._size = len(head)
+        for part in parts:
+            padding = memoryview(bytes(-self._size % ALIGNED))
+            self.pieces += [padding, part]
+            self._size += padding.nbytes + part.nbytes
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __bytes__(self) -> bytes:
+        """Copy all: what must not change when its owner goes on."""
+        return b"".join(self.pieces)
 
 
 def encode(payload: object, what: str = "payload") -> bytes:
@@ -32,12 +63,54 @@ def encode(payload: object, what: str = "payload") -> bytes:
         data = pickle.dumps(payload, 5)
     except Exception:
         return encode_by_value(payload, what)
-    if b"main__" in data and (b"__main__" in data or b"__mp_main__" in data):  # one search, mostly: it costs as much as pickling
-        return encode_by_value(payload, what)
-    return data
+    return encode_by_value(payload, what) if names_main(data) else data
 
 
-def check_size(data: bytes, largest: int) -> None:
+def encode_apart(payload: object, what: str = "payload") -> bytes | Parts:
+    """Pickle an object; large buffers in it (of NumPy arrays, say) stay where they are until they are written to a file.
+
+    Raises PayloadError: it cannot be pickled.
+    """
+    large: list[memoryview] = []
+
+    def stays(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes >= BLOB_MIN:
+            large.append(raw)
+        return raw.nbytes < BLOB_MIN
+
+    try:
+        data = pickle.dumps(payload, 5, buffer_callback=stays)
+        by_value = names_main(data)
+    except Exception:
+        by_value = True
+    if by_value:
+        large.clear()
+        data = encode_by_value(payload, what, stays)
+    return Parts(data, large) if large else data
+
+
+def load_any(data: Any) -> Any:
+    """Load what ``encode`` or ``encode_apart`` made; of the latter, buffers are views of ``data``: writable if that is."""
+    view = memoryview(data)
+    if bytes(view[: len(MAGIC)]) != MAGIC:
+        return loads(view)
+    _, count = _HEAD.unpack_from(view)
+    at = _HEAD.size + 8 * count
+    parts = []
+    for length in struct.unpack_from(f"<{count}Q", view, _HEAD.size):
+        at += -at % ALIGNED
+        parts.append(view[at : at + length])
+        at += length
+    return loads(parts[0], buffers=parts[1:])
+
+
+def names_main(data: bytes) -> bool:
+    """Say whether a pickle may name what is in ``__main__``; one search, mostly: it costs as much as pickling."""
+    return b"main__" in data and (b"__main__" in data or b"__mp_main__" in data)
+
+
+def check_size(data: bytes | Parts, largest: int) -> None:
     """Refuse a pickle that no journal of the hub could take.
 
     Raises PayloadError.
@@ -46,11 +119,11 @@ def check_size(data: bytes, largest: int) -> None:
         raise PayloadError(f"a payload of {len(data)} bytes exceeds what this hub admits ({largest} bytes): raise max_bytes")
 
 
-def encode_by_value(payload: object, what: str) -> bytes:
+def encode_by_value(payload: object, what: str, stays: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
     """Pickle with cloudpickle: lambdas, closures and what ``__main__`` defines."""
     try:
         file = io.BytesIO()
-        _pickler()(file, 5).dump(payload)
+        _pickler()(file, 5, buffer_callback=stays).dump(payload)
         return file.getvalue()
     except Exception as error:
         raise PayloadError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mphub
-from mphub import EventHub, InvalidOption, PayloadError
+from mphub import EventHub, InvalidOption, PayloadError, current_event
+from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
 LARGE = 3_000_000
@@ -146,3 +148,50 @@ def test_one_event_of_a_large_transaction_can_be_retried_buried_and_redriven(tmp
         hub.drain(20)
         assert list(Path(hub._address.folder, "blobs").iterdir()) == []
     assert sorted(lines(log)) == [f"{n} {100_000 if n % 2 else 50_000}" for n in range(6)]
+
+
+def test_arrays_travel_without_copies_and_each_subscriber_may_change_its_own(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    hub = EventHub()
+    kept: list[Any] = []
+
+    def change(array: Any) -> Any:
+        kept.append(array)  # outlives the event, and its file
+        array *= 2
+        hub.publish("changed", array)
+        array[:] = 0  # too late for what was published
+        return current_event().payload.sum()
+
+    for name in "ab":
+        hub.subscribe("k", change, name=name, to="sum")
+    note_sum = tmp_path / "sums"
+    hub.subscribe("sum", lambda total: note(note_sum, total), name="sums")
+    hub.subscribe("changed", lambda array: note(note_sum, array.sum()), name="changed")
+    hub.subscribe("echo", lambda array: array + 1, name="echo")
+    blobs = Path(hub._address.folder) / "blobs"
+    with hub:
+        array = numpy.ones(200_000)
+        hub.publish("k", array)
+        array[:] = 7
+        hub.drain(20)
+        assert sorted(lines(note_sum)) == ["200000.0", "200000.0", "400000.0", "400000.0"]
+        answer = hub.request("echo", array).result(10)
+        answer += 1
+        assert (answer.shape, answer[0]) == ((200_000,), 9)
+        with hub.transaction() as together:
+            together.publish("echo", array)
+        hub.drain(20)
+        assert eventually(lambda: not list(blobs.iterdir()), 5), "the last reference has ended"
+
+
+def test_a_dead_letter_gives_its_array() -> None:
+    numpy = pytest.importorskip("numpy")
+    hub = EventHub(check=False)
+    hub.subscribe("k", lambda array: 1 / 0, name="k")
+    with hub:
+        hub.publish("k", [numpy.arange(100_000)])
+        hub.drain(20)
+        assert hub.dead_letters()[0].payload[0].sum() == 4999950000
+        hub.redrive()
+        hub.drain(20)
+    assert hub.dead_letters()[0].payload[0].sum() == 4999950000

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 
@@ -85,3 +86,54 @@ def test_an_exception_comes_with_its_remote_traceback() -> None:
     assert isinstance(found, KeyError)
     assert isinstance(found.__cause__, RemoteTraceback)
     assert "there" in str(found.__cause__)
+
+
+def array(size: int, **options: Any) -> Any:
+    numpy = pytest.importorskip("numpy")
+    return numpy.arange(size, dtype="u1", **options)
+
+
+def file_of(data: bytes | codec.Parts) -> memoryview:
+    """Return what a file of it holds, writable as a private map is."""
+    return memoryview(bytearray(b"".join(data.pieces) if isinstance(data, codec.Parts) else data))
+
+
+def test_large_buffers_are_left_where_they_are_and_small_ones_are_not() -> None:
+    small, large = array(1000), array(100_000)
+    assert isinstance(codec.encode_apart({"a": small}), bytes)
+    data = codec.encode_apart({"small": small, "large": [large, large[::-1].copy()]})
+    assert isinstance(data, codec.Parts)
+    assert any(piece.obj is large or getattr(piece.obj, "base", None) is large for piece in data.pieces)
+    assert len(data) == len(bytes(data)) == sum(piece.nbytes for piece in data.pieces)
+    loaded = codec.load_any(file_of(data))
+    assert loaded["small"].tobytes() == small.tobytes()
+    assert [each.tobytes() for each in loaded["large"]] == [large.tobytes(), large[::-1].tobytes()]
+    assert all(each.ctypes.data % codec.ALIGNED == loaded["large"][0].ctypes.data % codec.ALIGNED for each in loaded["large"])
+
+
+def test_loaded_buffers_are_views_of_the_file_and_can_be_written_if_it_can() -> None:
+    data = file_of(codec.encode_apart(array(100_000)))
+    codec.load_any(data)[5] = 77
+    assert codec.load_any(data)[5] == 77
+    assert not codec.load_any(data.toreadonly()).flags.writeable
+
+
+def test_parts_of_main_travel_by_value_and_their_buffers_apart() -> None:
+    script = (
+        "import sys, numpy\nfrom mphub.wire import codec\n"
+        "class Named:\n    def __init__(self, data): self.data = data\n"
+        "data = codec.encode_apart(Named(numpy.ones(100_000)))\n"
+        "assert isinstance(data, codec.Parts)\n"
+        "sys.stdout.buffer.write(bytes(data))\n"
+    )
+    pytest.importorskip("numpy")
+    data = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout
+    loaded = codec.load_any(data)
+    assert (type(loaded).__name__, loaded.data.sum()) == ("Named", 100_000)
+
+
+@pytest.mark.parametrize("payload", [None, b"", b"\0mphub\0\1", "x" * 100_000, bytes(100_000)])
+def test_what_has_no_buffers_is_a_plain_pickle(payload: object) -> None:
+    data = codec.encode_apart(payload)
+    assert isinstance(data, bytes)
+    assert codec.load_any(data) == payload
