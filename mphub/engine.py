@@ -82,7 +82,7 @@ class ProcessEngine:
         packed = [self._packed(spec) for spec in specs]
         # all before the first answer, on which a process starts: what its setup publishes is for the others too
         for answer in [self.client.ask("subscribe", spec=spec) for spec in packed]:
-            answer.result()
+            self.client.wait(answer)
 
     def _packed(self, spec: Spec) -> bytes:
         data, blob = self.blobs.spill(spec.handler)
@@ -131,7 +131,7 @@ class ProcessEngine:
                 if deadline is not None:
                     left = min(left, max(0.0, deadline - time.monotonic()))
                 with contextlib.suppress(WaitTimeout):
-                    result = future.result(left)
+                    result = self.client.wait(future, left)
                     break
                 if tell is not None:
                     tell(progress_of(self.statistics(), began))
@@ -263,8 +263,7 @@ class InlineEngine:
         exchange = self.inline.exchange
         subscribers = {}
         for name, box in exchange.boxes.items():
-            counters = msgspec.structs.asdict(box.counters)
-            del counters["pending"]
+            counters = box.counters.public()
             state = {"state": box.status, "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0, "percentiles": percentiles(list(box.samples))}
             subscribers[name] = statistics_of({**counters, **state, "unfinished": box.unfinished, "running": 0})
         return HubStatistics(exchange.accepted, sum(exchange.unmatched.values()), {}, subscribers)
@@ -275,12 +274,14 @@ class InlineEngine:
         return [letter_of(_dead.decode(data), self.inline.exchange.blobs, KEPT_PAYLOADS) for data in page]
 
     def redrive(self, name: str | None, ids: Collection[int] | None) -> int:
+        check_ids(ids)
         with self.inline.exchange.turn():
             moved = self.inline.exchange.letters.redrive(name, None if ids is None else set(ids))
         self.inline.work_off()
         return moved
 
     def purge(self, name: str | None, ids: Collection[int] | None) -> int:
+        check_ids(ids)
         with self.inline.exchange.turn():
             return self.inline.exchange.letters.purge(name, None if ids is None else set(ids))
 
@@ -323,11 +324,15 @@ def letter_of(dead: Dead, blobs: Blobs, room: int) -> DeadLetter:
     )  # fmt: skip
 
 
+def check_ids(ids: Collection[int] | None) -> None:
+    if ids is not None and not (isinstance(ids, Collection) and all(isinstance(i, int) for i in ids)):
+        raise InvalidOption(f"ids: got {ids!r:.80}; expected EventIds, as in dead_letter.id")
+
+
 def packed(ids: Collection[int] | None) -> list[bytes] | None:
+    check_ids(ids)
     if ids is None:
         return None
-    if not isinstance(ids, Collection) or not all(isinstance(i, int) for i in ids):
-        raise InvalidOption(f"ids: got {ids!r:.80}; expected EventIds, as in dead_letter.id")
     return [int(i).to_bytes(16, "big") for i in ids if 0 <= i < 1 << 128]
 
 

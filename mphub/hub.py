@@ -17,6 +17,7 @@ from os import getpid
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack, overload
 
+import msgspec
 import psutil
 
 from mphub.connection import Address, connection_to
@@ -26,6 +27,7 @@ from mphub.errors import (
     DeadLettersLeft,
     HubClosed,
     HubError,
+    HubFailed,
     InvalidOption,
     MphubError,
     NoSubscriber,
@@ -34,13 +36,25 @@ from mphub.errors import (
 from mphub.events import DeadLetter, EventId, Notice, Progress, Topic, str_of
 from mphub.observe.console import Console, farewell, log
 from mphub.observe.statistics import HubStatistics
-from mphub.options import Inbox, Limits, Restart, Retry, Snapshot, Stop, check_choice, parse_share, refuse_timing, refuse_unavailable
+from mphub.options import (
+    Inbox,
+    Limits,
+    Restart,
+    Retry,
+    Snapshot,
+    Stop,
+    check_choice,
+    check_timeout,
+    parse_share,
+    refuse_timing,
+    refuse_unavailable,
+)
 from mphub.procs import boot
 from mphub.procs.exchange import ADMIT
 from mphub.publisher import HubQueue, Publisher, Transaction
 from mphub.registry import Registry
 from mphub.reply import Reply, Results
-from mphub.subscriber import Context, Subscriber, holder, inside, is_importing
+from mphub.subscriber import Context, Subscriber, holder, inside, is_importing, publish_inside
 from mphub.subscribing import SubscribeOptions, check_types, make_spec
 from mphub.subscription import Subscription
 from mphub.wire.codec import shortened
@@ -55,6 +69,8 @@ else:
     T, R = TypeVar("T"), TypeVar("R")
 C_co = TypeVar("C_co", covariant=True)
 F = TypeVar("F", bound=Callable[..., object] | type[Subscriber[Any, Any]])
+RUN_AGAIN = 0.05
+"""Seconds between looks whether a hub that was stopped runs again."""
 Names = str | Sequence[str | Topic[Any]]
 """Keys that say nothing of their payloads' type together."""
 
@@ -105,7 +121,7 @@ class EventHub:
             durability=(durability, "process"),
         )
         refuse_unavailable(retention=(retention, None), notify=(notify or (), ()), dashboard=(dashboard, None))
-        check_types(stop=(stop, Stop))
+        check_types(stop=(stop, Stop), check=(check, bool), propagate=(propagate, bool | None))
         check_choice("EventHub", "engine", engine, ("process", "inline"))
         check_choice("EventHub", "unmatched", unmatched, ("warn", "ignore"))
         if propagate and engine != "inline":
@@ -117,7 +133,8 @@ class EventHub:
         parent, self._is_small = boot.runtime_parent()
         self.name = name if name is not None else default_name()
         self._kind, self._check, self._stop, self._unmatched = engine, check, stop, unmatched
-        self._max_bytes = parse_share(max_bytes, boot.capacity(parent))
+        self._capacity = boot.capacity(parent)
+        self._max_bytes = parse_share(max_bytes, self._capacity)
         self._propagate = engine == "inline" if propagate is None else propagate
         folder = parent / f"mphub-{os.getuid()}-{os.urandom(4).hex()}"
         born, largest = psutil.Process().create_time(), int(self._max_bytes * ADMIT)
@@ -129,6 +146,8 @@ class EventHub:
         self._given_up = 0
         self._lock = threading.RLock()
         self._pid: int | None = getpid()
+        self._up = threading.Event()
+        """Set while it runs."""
         self._here: Callable[[str | Topic[Any], object], EventId] | None = None
         """The short way to publish, while this process is the running hub's."""
         _hubs.add(self)
@@ -166,6 +185,7 @@ class EventHub:
             atexit.register(self._stop_at_exit)
             with self._or_stop():
                 self._engine.subscribe([subscription._spec for subscription in self._subscriptions.values()])
+            self._up.set()
         if wait:
             with self._or_stop():
                 self._wait_all(timeout)
@@ -221,6 +241,7 @@ class EventHub:
             log.error("hub %r: its processes do not answer: they are killed, and there are no final figures", self.name)
         finally:
             self._engine = self._here = None
+            self._up.clear()
             engine.close()
         if self._final is not None:
             farewell(self.name, self._final[0], self._given_up)
@@ -250,7 +271,8 @@ class EventHub:
         await asyncio.to_thread(self.__exit__, kind, error, trace)
 
     def _raise_dead_letters(self) -> None:
-        assert self._final is not None
+        if self._final is None:
+            raise HubFailed(f"hub {self.name!r}: its processes did not answer at the stop: whether something died is not known")
         counts: dict[str, dict[str, int]] = {}
         first: DeadLetter | None = None
         for letter in self._final[1]:
@@ -259,6 +281,9 @@ class EventHub:
             first = first or letter
             reasons = counts.setdefault(letter.subscriber, {})
             reasons[letter.reason] = reasons.get(letter.reason, 0) + 1
+        for name, subscriber in self._final[0].subscribers.items():
+            if gone := subscriber.dropped.get("dead_letters_full"):
+                counts.setdefault(name, {})["dead_letters_full"] = gone
         if counts:
             raise DeadLettersLeft(counts, {}) from (first.error if first else None)
 
@@ -300,6 +325,9 @@ class EventHub:
         Raises SubscriberFatal or SubscriberPaused if such a one has work left, after all else is done; DrainTimeout.
         """
         self._must_own("drain")
+        if not (isinstance(progress, bool) or callable(progress)):
+            raise InvalidOption(f"progress: got {progress!r:.60}; expected True, False or a callable taking Progress")
+        check_timeout(timeout)
         engine = self._running("drain")
         engine.drain(timeout, progress)
         return engine.statistics()
@@ -359,10 +387,11 @@ class EventHub:
         refuse_unavailable(replicas=(replicas, 1), ordered=(ordered, False), concurrency=(concurrency, 1), process=(process, None))
         refuse_unavailable(batch=(batch, None), where=(where, None), rate=(rate, None), recycle=(recycle, None))
         refuse_unavailable(env=(env or None, None), replace=(replace, False), start=(start, "new"))
+        check_types(inbox=(inbox, Inbox), limits=(limits, Limits))
         if self._kind == "inline" and limits.timeout is not None:
             raise InvalidOption("limits(timeout): the inline engine runs handlers in your thread and cannot end one; use engine='process'")
-        if not (holder.context is not None and self._engine is None and is_importing()):
-            self._must_own("subscribe")
+        self._must_own_unless_importing("subscribe")
+        inbox = msgspec.structs.replace(inbox, max_bytes=parse_share(inbox.max_bytes, self._capacity, "Inbox(max_bytes)"))
         with self._lock:
             spec = make_spec(keys, handler, self._subscriptions.free_name(handler, name), to, retry, restart, inbox, limits, snapshot)
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
@@ -387,6 +416,7 @@ class EventHub:
     @property
     def subscriptions(self) -> Mapping[str, Subscription[Any, Any]]:
         """All subscriptions by name."""
+        self._must_own_unless_importing("subscriptions")
         return dict(self._subscriptions)
 
     def subscription(self, name_or_handler: object) -> Subscription[Any, Any]:
@@ -394,10 +424,12 @@ class EventHub:
 
         Raises LookupError with the nearest name.
         """
+        self._must_own_unless_importing("subscription")
         return self._subscriptions.find(name_or_handler)
 
     def subscribers(self, key: str | Topic[Any]) -> list[str]:
         """Return the names of those whose patterns match a key."""
+        self._must_own_unless_importing("subscribers")
         return [s.name for s in self._subscriptions.matching(check_key(str_of(key)))]
 
     # -- publishing
@@ -417,11 +449,7 @@ class EventHub:
         refuse_timing(priority, delay, expires)
         name = check_key(key if type(key) is str else str_of(key))
         if holder.context is not None and (context := self._surrounding()) is not None:
-            if confirm:
-                raise HubError(
-                    "publish(confirm=True) in a handler would wait for itself: what a handler publishes is committed with its ack"
-                )
-            return context.publish(name, payload, ordering_key=ordering_key, headers=headers, now=now)
+            return publish_inside(context, name, payload, ordering_key=ordering_key, headers=headers, now=now, confirm=confirm)
         if self._engine is not None and self._pid == getpid():
             return self._engine.publish(name, payload, ordering_key, headers, confirm)
         self._must_be_remote("publish")
@@ -448,7 +476,10 @@ class EventHub:
         return publish() if self._surrounding() is not None else await asyncio.to_thread(publish)
 
     def transaction(self) -> Transaction:
-        """Collect events that are journaled together on leaving the ``with`` block, or not at all."""
+        """Collect events that are journaled together on leaving the ``with`` block, or not at all; in a handler with its ack."""
+        context = self._surrounding()
+        if context is not None:
+            return Transaction(context.publish_together)
         if self._kind == "inline":
             return Transaction(lambda events: self._running("transaction").publish_together(events))
         return self.publisher().transaction()
@@ -460,6 +491,7 @@ class EventHub:
         """
         if inside() is not None:
             raise HubError("flush() inside a handler would wait for itself: what a handler publishes is committed with its ack")
+        check_timeout(timeout)
         if self._kind == "process":
             connection_to(self._address).flush(timeout)
 
@@ -478,17 +510,28 @@ class EventHub:
     def attach(self, queue: Any) -> None:
         """Read a stock queue of (key, payload) pairs in a thread of this process and publish what comes; None ends it."""
         self._must_own("attach")
+        if not callable(getattr(queue, "get", None)):
+            raise InvalidOption(f"queue: got {queue!r:.60}; expected a queue of (key, payload) pairs, which has get()")
         threading.Thread(target=self._read_queue, args=(queue,), name="mphub-attached", daemon=True).start()
 
     def _read_queue(self, queue: Any) -> None:
-        while (item := queue.get()) is not None:
+        """Publish what comes while the hub runs; before and between its runs it stays in the queue."""
+        while self._up.wait() and (item := next_of(queue)) is not None:
             try:
                 key, payload = item
-                self.publish(key, payload)
-            except HubClosed:
-                return
+                self._publish_patiently(key, payload)
             except Exception as error:
                 log.error("an attached queue had %.80r, which cannot be published: %s", item, error)
+
+    def _publish_patiently(self, key: str, payload: object) -> None:
+        """Publish what has been read already, if need be in the hub's next run."""
+        while True:
+            try:
+                self.publish(key, payload)
+                return
+            except HubClosed:
+                time.sleep(RUN_AGAIN)
+            self._up.wait()
 
     # -- asking
 
@@ -525,6 +568,9 @@ class EventHub:
 
     def on_notice(self, callback: Callable[[Notice], None]) -> None:
         """Call back with each notice (death, FATAL, held, unmatched, ...), in a thread of this process."""
+        self._must_own_unless_importing("on_notice")
+        if not callable(callback):
+            raise InvalidOption(f"callback: got {callback!r:.60}; expected a callable of one Notice")
         self._console.callbacks.append(callback)
 
     def dead_letters(self, name: str | None = None) -> list[DeadLetter]:
@@ -555,10 +601,11 @@ class EventHub:
     # -- for Subscription
 
     def _state_of(self, name: str) -> str:
+        self._must_own("state")
         return self._engine.state_of(name)[0] if self._engine is not None else "STOPPED"
 
     def _wait_ready(self, name: str, timeout: float | None) -> None:
-        state, error, trace = self._running("wait_ready").wait_ready(name, timeout)
+        state, error, trace = self._running("wait_ready").wait_ready(name, check_timeout(timeout))
         if state != "RUNNING":
             raise StartFailed(f"subscriber {name!r} is {state}: its process could not be set up") from self._running("start").error_of(
                 error, trace
@@ -607,9 +654,26 @@ class EventHub:
                 f"this process has a handle of hub {self.name!r}, which publishes; {what}() works in the process that made the hub"
             )
 
+    def _must_own_unless_importing(self, what: str) -> None:
+        """Refuse likewise, but for a module that a subscriber's process imports: it makes its hub anew, and that is never started."""
+        if not (holder.context is not None and self._engine is None and self._pid == getpid() and is_importing()):
+            self._must_own(what)
+
     def _must_be_remote(self, what: str) -> None:
         if self._pid == getpid():
             raise self._not_running(what)
+
+
+def next_of(queue: Any) -> Any:
+    """Return the next item of an attached queue, or None at its end; what cannot be loaded is passed over, with a line in the log."""
+    while True:
+        try:
+            return queue.get()
+        except Exception as error:
+            over = isinstance(error, OSError | EOFError) or getattr(queue, "_closed", False)
+            log.error("an attached queue %s: %r", "cannot be read any more" if over else "had something that cannot be loaded", error)
+            if over:
+                return None
 
 
 def _handle(address: Address) -> EventHub:

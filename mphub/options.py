@@ -85,6 +85,16 @@ def check_choice(owner: str, field: str, value: object, choices: tuple[str, ...]
         raise InvalidOption(f"{owner}({field}): got {value!r}; expected one of {', '.join(map(repr, choices))}")
 
 
+def check_timeout(timeout: float | None) -> float | None:
+    """Return seconds to wait, or None for as long as it takes.
+
+    Raises InvalidOption.
+    """
+    if timeout is not None and (not isinstance(timeout, int | float) or isinstance(timeout, bool) or math.isnan(timeout)):
+        raise InvalidOption(f"timeout: got {timeout!r:.60}; expected seconds as a number, or None")
+    return timeout
+
+
 def refuse_unavailable(**options: tuple[object, object]) -> None:
     """Refuse options of later versions.
 
@@ -174,7 +184,10 @@ class Inbox(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         check_number("Inbox", "maxsize", self.maxsize, 1, whole=True)
-        msgspec.structs.force_setattr(self, "max_bytes", parse_size(self.max_bytes, "Inbox(max_bytes)"))
+        if isinstance(self.max_bytes, str) and self.max_bytes.strip().endswith("%"):
+            parse_share(self.max_bytes, 100, "Inbox(max_bytes)")  # the hub knows of what
+        else:
+            msgspec.structs.force_setattr(self, "max_bytes", parse_size(self.max_bytes, "Inbox(max_bytes)"))
         if self.overflow == "latest":
             raise InvalidOption(f"Inbox(overflow): 'latest' is not available in this version; use one of {', '.join(OVERFLOWS)}")
         check_choice("Inbox", "overflow", self.overflow, OVERFLOWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import multiprocessing.queues
 import queue as stdlib_queue
 from collections.abc import Callable, Iterable
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mphub.connection import Address, Connection, connection_to
 from mphub.core.keys import check_key
-from mphub.errors import PayloadError
+from mphub.errors import HubError, PayloadError
 from mphub.events import EventId, Topic, str_of
-from mphub.options import refuse_timing, refuse_unavailable
+from mphub.options import check_timeout, refuse_timing, refuse_unavailable
 from mphub.reply import Reply
+from mphub.subscriber import Context, inside_of, publish_inside
 from mphub.wire import codec
 from mphub.wire.frames import Extra, extra_of
 
@@ -34,20 +36,28 @@ class Publisher:
     def _connection(self) -> Connection:
         return connection_to(self._address)
 
+    @property
+    def _context(self) -> Context | None:
+        return inside_of(self._address.folder)
+
     def publish(
         self, key: str | Topic[T], payload: T, *, ordering_key: str | None = None, headers: dict[str, str] | None = None, now: bool = False,
         confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None,
     ) -> EventId:  # fmt: skip
-        """Send one event; pipelined unless ``confirm``. It goes out at once, ``now`` or not.
+        """Send one event; pipelined unless ``confirm``. Inside a handler it is committed with the ack (``now=True``: at once).
 
         Raises InvalidKey, PayloadError, HubClosed; with ``confirm`` NoSubscriber.
         """
         refuse_timing(priority, delay, expires)
-        return self._connection.publish(check_key(str_of(key)), payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
+        name, context = check_key(str_of(key)), self._context
+        if context is not None:
+            return publish_inside(context, name, payload, ordering_key=ordering_key, headers=headers, now=now, confirm=confirm)
+        return self._connection.publish(name, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
 
     def publish_batch(self, key: str | Topic[T], payloads: Iterable[T]) -> int:
         """Send the payloads of an iterable one after the other, with bounded memory; return how many."""
-        count, name, publish = 0, check_key(str_of(key)), self._connection.publish_plain
+        count, name = 0, check_key(str_of(key))
+        publish: Callable[[str, object], object] = self.publish if self._context is not None else self._connection.publish_plain
         for payload in payloads:
             publish(name, payload)
             count += 1
@@ -58,26 +68,36 @@ class Publisher:
         confirm: bool = False, priority: int = 0, delay: float = 0.0, expires: float | None = None,
     ) -> EventId:  # fmt: skip
         """Send one event without blocking the running loop."""
-        return await asyncio.to_thread(
+        publish = functools.partial(
             self.publish, str_of(key), payload, ordering_key=ordering_key, headers=headers, now=now, confirm=confirm, priority=priority,
             delay=delay, expires=expires,
         )  # fmt: skip
+        return publish() if self._context is not None else await asyncio.to_thread(publish)
 
     def transaction(self) -> Transaction:
         """Collect events that are journaled together on leaving the ``with`` block, or not at all."""
-        return Transaction(lambda events: self._connection.publish_together(events))  # noqa: PLW0108 (the connection of that moment)
+        return Transaction(self._publish_together)
+
+    def _publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
+        context = self._context
+        if context is not None:
+            context.publish_together(events)
+        else:
+            self._connection.publish_together(events)
 
     def request(self, key: str | Topic[T], payload: T, *, to: str | None = None, expires: float | None = None) -> Reply[Any]:
         """Ask the one subscriber of a key that answers (or the one named by ``to``)."""
         refuse_unavailable(expires=(expires, None))
-        return self._connection.request(check_key(str_of(key)), payload, to)
+        return (self._context or self._connection).request(check_key(str_of(key)), payload, to)
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until everything that this process published is accepted; seconds.
 
         Raises DrainTimeout, HubClosed, or what an event was refused for.
         """
-        self._connection.flush(timeout)
+        if self._context is not None:
+            raise HubError("flush() inside a handler would wait for itself: what a handler publishes is committed with its ack")
+        self._connection.flush(check_timeout(timeout))
 
     def close(self) -> None:
         """Flush; the process's connection stays, as others share it."""
@@ -143,9 +163,8 @@ class HubQueue(_Queue):
         if not (isinstance(obj, tuple | list) and len(obj) == 2):
             raise PayloadError(f"hub.queue takes (key, payload) pairs; got {type(obj).__name__} {obj!r:.60}")
         key = check_key(str_of(obj[0]))
-        if (not block or timeout is not None) and not self._publisher._connection.wait_room(
-            key, timeout if block and timeout is not None else 0.0
-        ):
+        impatient = (not block or timeout is not None) and self._publisher._context is None
+        if impatient and not self._publisher._connection.wait_room(key, timeout if block and timeout is not None else 0.0):
             raise stdlib_queue.Full
         self._publisher.publish(key, obj[1])
 

@@ -15,6 +15,7 @@ from mphub.events import Event, EventId, Topic, str_of
 
 if TYPE_CHECKING:
     from mphub.reply import Reply
+    from mphub.wire.frames import Extra
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,6 +64,7 @@ class Context(Protocol):
     """Of the hub whose handler it is."""
 
     def publish(self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool) -> EventId: ...
+    def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None: ...
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]: ...
     def current_event(self) -> Event: ...
 
@@ -91,6 +93,24 @@ def inside() -> Context | None:
     """Return the context if this thread runs a handler of this process."""
     context = holder.context
     return context if context is not None and context.thread == threading.get_ident() else None
+
+
+def inside_of(folder: str) -> Context | None:
+    """Return the context if this thread runs a handler of the hub at a folder."""
+    context = inside()
+    return context if context is not None and context.folder == folder else None
+
+
+def publish_inside(
+    context: Context, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool, confirm: bool
+) -> EventId:  # fmt: skip
+    """Publish from a handler, by whatever object: it is committed with the ack.
+
+    Raises HubError: it is to wait for that.
+    """
+    if confirm:
+        raise HubError("publish(confirm=True) in a handler would wait for itself: what a handler publishes is committed with its ack")
+    return context.publish(key, payload, ordering_key=ordering_key, headers=headers, now=now)
 
 
 def is_importing() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import UnionType
 from typing import Any, TypedDict
 
 from mphub.core.keys import check_key, check_name, check_pattern
@@ -95,7 +96,8 @@ def surroundings() -> Surroundings:
     return Surroundings(os.getcwdb(), path, dict(os.environb))
 
 
-def check_types(**options: tuple[object, type]) -> None:
+def check_types(**options: tuple[object, type | UnionType]) -> None:
     for field, (value, wanted) in options.items():
         if not isinstance(value, wanted):
-            raise InvalidOption(f"{field}: got {value!r:.60}; expected {wanted.__name__}(...)")
+            name = str(wanted) if isinstance(wanted, UnionType) else wanted.__name__ + ("" if wanted is bool else "(...)")
+            raise InvalidOption(f"{field}: got {value!r:.60}; expected {name}")

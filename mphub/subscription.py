@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -25,7 +26,8 @@ class Subscription(Generic[T, R]):
         self._hub, self._spec, self._handler = hub, spec, handler
 
     def __repr__(self) -> str:
-        return f"<Subscription {self.name!r} to {', '.join(self.keys)}: {self.state}>"
+        state = f": {self.state}" if self._hub._pid == os.getpid() else ""
+        return f"<Subscription {self.name!r} to {', '.join(self.keys)}{state}>"
 
     @property
     def name(self) -> str:

@@ -251,7 +251,9 @@ def test_what_is_given_up_is_a_dead_letter_that_says_why(engine: str) -> None:
         "other": ("exception", 1, KeyError),
     }
     other = letters["other"]
-    assert (other.key, other.subscriber, other.exit, other.pid) == ("k", "give_up", None, None)
+    assert (other.key, other.subscriber, other.exit) == ("k", "give_up", None)
+    assert other.pid is not None and (other.pid == os.getpid()) == (engine == "inline")
+    assert other.rss is not None and other.rss > 1 << 20
     assert "in give_up" in other.traceback
     assert other.error is not None
     assert "in give_up" in str(other.error.__cause__)

@@ -111,7 +111,7 @@ class Console:
         if self._dropped:
             lines, self._dropped = [f"... {self._dropped} lines dropped: nobody read them", *lines], 0
         target = sys.stdout if stream == "out" else sys.stderr
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads it any more, or there is none
             target.write("".join(f"{line}\n" for line in lines))
             target.flush()
 

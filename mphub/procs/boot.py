@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -133,8 +134,17 @@ def launch(charter: Charter) -> subprocess.Popen[bytes]:
 
 
 def _pipe(ends: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
-    reader, writer = os.pipe()
+    reader, writer = map(above_standard, os.pipe())
     return ends.enter_context(open(reader, "rb")), ends.enter_context(open(writer, "wb"))
+
+
+def above_standard(number: int) -> int:
+    """Move a descriptor that has got the number of a closed standard stream."""
+    if number > 2:
+        return number
+    moved = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(number)
+    return moved
 
 
 def _run_supervisor(reader: IO[bytes], told: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -159,6 +169,7 @@ def _explain(process: subprocess.Popen[bytes], said: str) -> None:
 
 def main(reader: int, told: int) -> None:
     """Be the supervisor, in the fresh interpreter."""
+    fork.begin_afresh()
     with os.fdopen(reader, "rb") as pipe:
         said = pipe.read()
     try:

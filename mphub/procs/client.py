@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -28,6 +29,8 @@ TORN = 3
 """Times that a client comes back to a supervisor that says nothing."""
 CLOSED_WITHIN = 5.0
 """Seconds for a supervisor to answer that it ends, and to end."""
+LOOK_EVERY = 1.0
+"""Seconds between looks whether the supervisor is frozen, while somebody waits for it."""
 AGAIN_EVERY = 0.2
 """Seconds between tries to start a successor."""
 _answer, _push = decoder(Answer), decoder(Push)
@@ -47,6 +50,7 @@ class Client:
         self._closing = False
         self._deaths: list[float] = []
         self._torn = 0
+        self._frost = fork.Frost()
         self._lock = threading.Lock()
         pid = os.getpid()
         self._charter = boot.Charter(address, pid, fork.start_ticks(pid), max_bytes, ask, term)
@@ -80,7 +84,23 @@ class Client:
 
         Raises TimeoutError, HubClosed, HubFailed.
         """
-        return self.ask(op, **args).result(timeout)
+        return self.wait(self.ask(op, **args), timeout)
+
+    def wait(self, answer: Future[Any], timeout: float | None = None) -> Any:
+        """Wait for an answer; of a supervisor that is frozen meanwhile it comes from a successor.
+
+        Raises TimeoutError, HubClosed, HubFailed.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = LOOK_EVERY if deadline is None else min(LOOK_EVERY, max(0.0, deadline - time.monotonic()))
+            try:
+                return answer.result(left)
+            except WaitTimeout:
+                if self._frost.lasts(self.process.pid, time.monotonic()):
+                    self.process.kill()
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
 
     def ask(self, op: str, **args: object) -> Future[Any]:
         future: Future[Any] = Future()
@@ -181,7 +201,7 @@ class Client:
         status = self._bury()
         now = time.monotonic()
         self._deaths = [t for t in self._deaths if now - t < PERIOD] + [now]
-        if self._closing or self._ended is not None or status == 0:
+        if self._closing or self._ended is not None or self._has_ended(status):
             self._end(HubClosed(f"hub {self.address.name!r} is not running any more: its supervisor ended"))
             return False
         word = fork.exit_word(status)
@@ -204,6 +224,10 @@ class Client:
             for name, found in answer.result().items():
                 self._heard("state", {"name": name, **found})
 
+    def _has_ended(self, status: int) -> bool:
+        """Say whether a supervisor ended in order. A process that ignores SIGCHLD never learns how its children ended."""
+        return status == 0 and not (signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN and self.folder.exists())
+
     def _launch_again(self) -> tuple[subprocess.Popen[bytes], Line]:
         """Start a successor; one that dies at its start is followed by the next, and what the machine lacks it may have again soon."""
         deadline = time.monotonic() + PERIOD
@@ -223,7 +247,7 @@ class Client:
         except subprocess.TimeoutExpired:  # it closed its end, and lives
             self.process.kill()
             code = self.process.wait()
-        if code:
+        if code or self.folder.exists():
             boot.kill_recorded(self.folder)
         return code << 8 if code >= 0 else -code
 

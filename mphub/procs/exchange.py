@@ -424,7 +424,8 @@ class Exchange:
                 self.touch(box)[row.id] = portion
         else:
             reason = "rejected" if failure.reason == "rejected" else "exception"
-            self.letters.bury(box, portion, index, reason, attempt, error=failure.error, traceback=failure.traceback, told=self.told)
+            cause = Cause(reason, pid=failure.pid, traceback=failure.traceback, rss=failure.rss)
+            self.letters.bury(box, portion, index, reason, attempt, error=failure.error, cause=cause, told=self.told)
 
     def _postpone(self, box: Mailbox, portion: Portion, index: int, attempt: int, due: float) -> None:
         """Cut one event out into a row of its own that waits for its time."""

@@ -22,6 +22,8 @@ from mphub.wire.specs import Surroundings
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SHORT = 75
 """Exit code of a child that could not begin, or go on, for want of descriptors, memory or room on the disk."""
+FROZEN_AFTER = 5.0
+"""Seconds after which a stopped process counts as frozen."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -36,8 +38,7 @@ def fork(run: Callable[[], int], record: Path, keep: Collection[int] = (), out: 
     Its record (pid, start time) is in the folder before ``run`` begins. It dies with this process.
     """
     parent = os.getpid()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     pid = os.fork()
     if pid:
         failpoints.hit("supervisor.forked")
@@ -87,6 +88,21 @@ class Output(io.FileIO):
         return len(data)
 
 
+def flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as without standard streams
+            stream.flush()
+
+
+def begin_afresh() -> None:
+    """Undo what the hub's process may have handed down: ignored and blocked signals, missing standard streams."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest that is free
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
 def _redirect(number: int, path: str) -> TextIO:
     """Let a standard stream go to a file, line by line, so that a death takes no line with it."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -108,8 +124,7 @@ def _leave(code: int) -> None:
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -192,6 +207,27 @@ def is_gone(pid: int, ticks: int) -> bool:
     """Say whether that very process has ended, reaped or not."""
     fields = stat_fields(pid)
     return not fields or fields[0] in "ZX" or int(fields[19]) != ticks
+
+
+class Frost:
+    """Sees that a process has been stopped (state T) for too long, by looks at it now and then."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def lasts(self, pid: int, now: float) -> bool:
+        """Look; say whether it was stopped at every look for some seconds."""
+        fields = stat_fields(pid)
+        if not fields or fields[0] != "T":
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        return self._since is not None and now - self._since >= FROZEN_AFTER
+
+    def forgive(self, seconds: float) -> None:
+        """Do not count a time in which nobody looked."""
+        if self._since is not None:
+            self._since += seconds
 
 
 def is_same(pid: int, ticks: int) -> bool:

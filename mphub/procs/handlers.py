@@ -52,7 +52,7 @@ def check_handler(handler: object) -> None:
             )
         if target.handle is Subscriber.handle:
             raise InvalidOption(f"handler: class {target.__name__} has no handle(self, payload): define it")
-        _check_runs(target.handle)
+        _check_class(target)
         return
     if isinstance(handler, str):
         if handler.count(":") != 1 or not all(handler.split(":")):
@@ -64,10 +64,19 @@ def check_handler(handler: object) -> None:
             "a Subscriber class or instance, or 'module:attribute'"
         )
     if isinstance(handler, Subscriber):
-        _check_runs(handler.handle)
+        _check_class(type(handler))
     else:
         _check_runs(handler)
-        _check_takes_one(handler)
+        _check_takes(handler, (None,), repr(getattr(handler, "__name__", handler)), "one argument, the payload")
+
+
+def _check_class(target: type[Subscriber[Any, Any]]) -> None:
+    """Refuse a class whose methods cannot be called as they will be."""
+    _check_runs(target.handle)
+    _check_takes(target.handle, (None, None), f"{target.__name__}.handle", "self and one payload")
+    for name in ("setup", "teardown", "snapshot", "restore"):
+        if inspect.iscoroutinefunction(getattr(target, name)):
+            raise InvalidOption(f"handler: {target.__name__}.{name} is a coroutine function: only handle may be one")
 
 
 def _check_runs(function: Any) -> None:
@@ -80,17 +89,15 @@ def _check_runs(function: Any) -> None:
             )
 
 
-def _check_takes_one(handler: Callable[..., object]) -> None:
+def _check_takes(function: Callable[..., object], arguments: tuple[None, ...], name: str, what: str) -> None:
     try:
-        signature = inspect.signature(handler)
+        signature = inspect.signature(function)
     except (ValueError, TypeError):
         return  # builtins without a signature
     try:
-        signature.bind(None)
+        signature.bind(*arguments)
     except TypeError:
-        raise InvalidOption(
-            f"handler: {getattr(handler, '__name__', handler)!r} takes {signature}; expected a callable with one argument, the payload"
-        ) from None
+        raise InvalidOption(f"handler: {name} takes {signature}; expected a callable with {what}") from None
 
 
 def subscriber_class(handler: object) -> type[Subscriber[Any, Any]] | None:

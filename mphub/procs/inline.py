@@ -325,7 +325,7 @@ class Inline:
         if last and self.propagate and not row.batch.reply and self._raise is None:
             self._raise = error
             self.exchange.told = True
-        return Failure(number, reason, codec.encode_error(error), codec.traceback_text(error), retry, delay)
+        return Failure.here(number, reason, codec.encode_error(error), codec.traceback_text(error), retry, delay)
 
     # -- what a handler may ask (Context)
 
@@ -335,6 +335,10 @@ class Inline:
         if now:
             return self.send(key, data, extra)
         return EventId.make(self.outputs.incarnation, self.outputs.publish(key, data, extra))
+
+    def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
+        for event in events:
+            self.outputs.publish(*event)
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
         if target is not None:

@@ -28,10 +28,9 @@ _snapshot = msgspec.msgpack.Decoder(tuple[bytes, str | None])
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why a process died: what a dead letter says of it."""
+    """Why an event failed, or its process died: what a dead letter says of it."""
 
     reason: str
-    """``crash`` or ``timeout``."""
     exit: str | int | None = None
     pid: int | None = None
     traceback: str = ""
@@ -69,26 +68,25 @@ class Letters:
 
     def bury(
         self, box: Mailbox, portion: Portion, index: int, reason: str, attempts: int, *,
-        error: bytes = b"", traceback: str = "", cause: Cause | None = None, told: bool = False,
+        error: bytes = b"", cause: Cause | None = None, told: bool = False,
     ) -> None:  # fmt: skip
         """End one event as a dead letter; a request's failure goes to its requester instead."""
-        self._enter(box, portion.row, index, reason, attempts, error, traceback, cause, told)
+        self._enter(box, portion.row, index, reason, attempts, error, cause or NO_DEATH, told)
         self.exchange.settle(box, portion, [(index, index + 1)])
 
     def _enter(
         self, box: Mailbox, row: Row, index: int, reason: str, attempts: int,
-        error: bytes = b"", traceback: str = "", cause: Cause | None = None, told: bool = False,
+        error: bytes = b"", cause: Cause = NO_DEATH, told: bool = False,
     ) -> None:  # fmt: skip
         if row.batch.reply:
-            outcome, body = request_outcome(reason, error, traceback, cause)
+            outcome, body = request_outcome(reason, error, cause)
             self.answer(row, index, outcome, body)
         else:
-            death = cause or NO_DEATH
             batch, body = self.exchange.cut_out(row, index)
             self._keep(
                 Dead(
                     box.name, batch, row.epoch, body, reason, attempts, self.exchange.clock(), error,
-                    traceback or death.traceback, death.exit, death.pid, death.rss, death.stderr, told,
+                    cause.traceback, cause.exit, cause.pid, cause.rss, cause.stderr, told,
                 )
             )  # fmt: skip
             event = f"{row.batch.publisher << 40 | row.batch.number + index:026x}"
@@ -250,13 +248,13 @@ class Letters:
         return None if value is None else _snapshot.decode(value)
 
 
-def request_outcome(reason: str, error: bytes, traceback: str, cause: Cause | None) -> tuple[str, bytes]:
+def request_outcome(reason: str, error: bytes, cause: Cause) -> tuple[str, bytes]:
     """Say how a request ended: (outcome, its body)."""
     if reason in ("exception", "rejected"):
-        return "exception", encode((error, traceback))
-    if reason == "crash" and cause is not None:
+        return "exception", encode((error, cause.traceback))
+    if reason == "crash":
         return "crashed", encode((cause.exit, cause.pid))
-    if reason == "timeout" and cause is not None:
+    if reason == "timeout":
         return "timeout", encode(cause.seconds)
     return "dropped", encode(reason)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import lmdb
 
 from mphub import failpoints
+from mphub.connection import Address
 from mphub.procs import fork
 from mphub.procs.router import Router
 from mphub.store.journal import is_shortage
@@ -41,6 +42,7 @@ class Link:
         self.deaths: list[float] = []
         self.pid = 0
         self.stream: Stream | None = None
+        self.frost = fork.Frost()
         self._numbers = 0
         self._start_at: float | None = None
         self._put_off = False
@@ -63,7 +65,7 @@ class Link:
     def _fork(self, theirs: socket.socket) -> tuple[int, int]:
         owner = self.owner
         pid = fork.fork(
-            lambda: run_router(owner.folder, owner.address.token, owner.data, theirs, owner.charter.max_bytes),
+            lambda: run_router(owner.folder, owner.address, owner.data, theirs, owner.charter.max_bytes),
             owner.folder / "children" / "router",
             keep=(owner.data.fileno(), theirs.fileno()),
         )
@@ -87,6 +89,11 @@ class Link:
         except OSError as error:
             self._close()
             self._start_later(str(error.strerror))
+
+    def end_frozen(self, now: float) -> None:
+        """Kill a router that does not move: its successor does."""
+        if self.pid and self.frost.lasts(self.pid, now):
+            fork.kill(self.pid)
 
     def _start_later(self, why: str) -> None:
         self._start_at = time.monotonic() + LATER
@@ -170,11 +177,13 @@ class Link:
                 time.sleep(0.002)
 
 
-def run_router(folder: Path, token: bytes, listener: socket.socket, link: socket.socket, max_bytes: int) -> int:
+def run_router(folder: Path, address: Address, listener: socket.socket, link: socket.socket, max_bytes: int) -> int:
     """Be the router's process; return its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        Router(folder, token, listener, link, max_bytes).run()
+        router = Router(folder, address.token, listener, link, max_bytes)
+        router.watch_hub(address.pid)
+        router.run()
     except (OSError, lmdb.Error) as error:
         if not is_shortage(error):
             raise

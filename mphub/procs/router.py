@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import selectors
 import socket
 import time
@@ -18,6 +19,7 @@ from mphub.core.delivery import Held
 from mphub.errors import JournalError
 from mphub.observe.limiter import Limiter
 from mphub.observe.statistics import percentiles
+from mphub.procs import fork
 from mphub.procs.door import Door
 from mphub.procs.exchange import SETTLED, Exchange
 from mphub.procs.letters import Cause
@@ -55,6 +57,8 @@ MAX_AHEAD = 512 << 10
 CONFIRM_EVERY = 8
 """Reports after which a subscriber is confirmed without a delivery to ride on."""
 ENOUGH_FRAMES = 256
+ORPHANED = 1.0
+"""Seconds that a supervisor has to end everything when the hub's process is dead."""
 LONGEST_WAIT = 3600.0
 """Seconds; a selector refuses to wait for more than some weeks."""
 CENSUS = 1.0
@@ -86,6 +90,9 @@ class Router:
         self.answers: list[Answer] = []
         self.limiter = Limiter()
         self.stopping = False
+        self.hub = -1
+        self.end_at: float | None = None
+        """When to end a supervisor that has not seen that the hub is dead."""
 
     def run(self) -> None:
         """Turn until told to stop or the supervisor is gone."""
@@ -93,8 +100,26 @@ class Router:
             self.turn([key.data for key, _ in self.selector.select(self._timeout())])
         self.exchange.journal.close()
 
-    def turn(self, ready: list[Stream | None]) -> None:
+    def watch_hub(self, pid: int) -> None:
+        """Watch the hub's process too: a supervisor that is frozen does not see it die."""
+        try:
+            self.hub = os.pidfd_open(pid)
+            self.selector.register(self.hub, selectors.EVENT_READ, self.hub)
+        except OSError:  # it is dead, or there is no descriptor
+            return
+
+    def _outlive_nobody(self, ready: list[Any]) -> None:
+        """End the supervisor, and so this process and all others, some time after the hub's process."""
+        if self.hub in ready:
+            ready.remove(self.hub)
+            self.selector.unregister(self.hub)
+            self.end_at = time.monotonic() + ORPHANED
+        if self.end_at is not None and time.monotonic() >= self.end_at:
+            fork.kill(os.getppid())
+
+    def turn(self, ready: list[Any]) -> None:
         """Read, commit, then send what the commit allows."""
+        self._outlive_nobody(ready)
         ready.sort(key=lambda stream: stream is not self.link)  # who lives and who died comes first
         self.arrived = {stream: found for stream in ready if stream is not None and (found := self._read(stream))}
         failpoints.hit("router.read")
@@ -126,7 +151,7 @@ class Router:
         self._flush()
 
     def _timeout(self) -> float | None:
-        waits = self.door.waits()
+        waits = self.door.waits() + ([] if self.end_at is None else [max(0.0, self.end_at - time.monotonic())])
         if self._someone_is_absent():
             waits.append(max(0.0, self.census_at - time.monotonic()))
         due = self.exchange.next_due()
@@ -446,14 +471,13 @@ class Router:
         running = {seat.box.name: running_of(seat) for seat in self.seats.values()}
         boxes = {
             name: {
-                **msgspec.structs.asdict(box.counters),
+                **box.counters.public(),
                 "unfinished": box.unfinished,
                 "running": running.get(name, 0),
             }
             for name, box in self.exchange.boxes.items()
         }
         for name, counters in boxes.items():
-            del counters["pending"]
             counters["percentiles"] = percentiles(list(self.exchange.boxes[name].samples))
         return {"accepted": self.exchange.accepted, "unmatched": self.exchange.unmatched, "subscribers": boxes}
 

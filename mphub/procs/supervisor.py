@@ -34,7 +34,6 @@ TICK = 0.1
 LIMIT_TICK = 0.02
 ASLEEP = 1.0
 """Seconds without a look from which this process, and then most likely the whole hub, was stopped or had no core."""
-FROZEN_AFTER = 5.0
 HELD_AFTER = 5.0
 """Seconds that publishers wait before a notice names whom they wait for."""
 _call, _answer, _push, _spec = decoder(Call), decoder(Answer), decoder(Push), decoder(Spec)
@@ -112,6 +111,7 @@ class Supervisor:
     def _tick(self) -> None:
         now = time.monotonic()
         if now - self.awake > ASLEEP:
+            self.link.frost.forgive(now - self.awake)
             for child in self._children():
                 child.forgive(now - self.awake)
         self.awake = now
@@ -128,6 +128,7 @@ class Supervisor:
             for ward in list(self.wards.values()):
                 self._look_at(ward, now)
             self._name_holders(now)
+            self.link.end_frozen(now)
             self.desk.close_silent()
             self._reap_strangers()
 
@@ -153,16 +154,10 @@ class Supervisor:
             self._end(child, "limit", [(0.0, signal.SIGABRT), (0.5, signal.SIGKILL)])
 
     def _check_frozen(self, ward: Ward, child: Child, now: float) -> None:
-        """A stopped process (state T) holds no publisher after 5 s."""
-        if not child.is_frozen():
-            child.frozen_since = None
-            if child.frozen:
-                child.frozen = False
-                self._tell_status(ward, self.link)
-            return
-        child.frozen_since = child.frozen_since or now
-        if now - child.frozen_since >= FROZEN_AFTER and ward.state == "RUNNING":
-            child.frozen = True
+        """A frozen process holds no publisher."""
+        frozen = child.frost.lasts(child.pid, now) and (child.frozen or ward.state == "RUNNING")
+        if frozen != child.frozen:
+            child.frozen = frozen
             self._tell_status(ward, self.link)
 
     # -- the router

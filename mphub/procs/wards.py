@@ -95,7 +95,7 @@ class Child:
     overran: int | None = None
     running_since: tuple[int, float] | None = None
     """(slot, when it was first seen running)."""
-    frozen_since: float | None = None
+    frost: fork.Frost = field(default_factory=fork.Frost)
     frozen: bool = False
     """The router knows that it holds no publisher."""
     ooms: int = field(default_factory=fork.oom_kills)
@@ -125,12 +125,7 @@ class Child:
         self.kill_at = [(at + seconds, number) for at, number in self.kill_at]
         if self.running_since is not None:
             self.running_since = (self.running_since[0], self.running_since[1] + seconds)
-        if self.frozen_since is not None:
-            self.frozen_since += seconds
-
-    def is_frozen(self) -> bool:
-        fields = fork.stat_fields(self.pid)
-        return bool(fields) and fields[0] in "Tt"
+        self.frost.forgive(seconds)
 
     def measure(self) -> tuple[float, int]:
         """Return percent of a core since the start, and resident bytes."""

@@ -337,7 +337,7 @@ class Worker:
         retry, delay = handlers.retry_after(self.work, error, self._attempt(number))
         reason = {Reject: "rejected", RetryLater: "later"}.get(type(error), "exception")
         text = codec.traceback_text(error)
-        self.failures.append(Failure(number, reason, codec.encode_error(error), text, retry, delay))
+        self.failures.append(Failure.here(number, reason, codec.encode_error(error), text, retry, delay))
         self.upto = number + 1
         if retry and delay <= 0:
             first, _ = self.claims.pop()
@@ -389,6 +389,10 @@ class Worker:
         if isinstance(data, codec.Parts):
             data = bytes(data)  # it goes out when the handler returns, which may change the payload until then
         return EventId.make(self.incarnation, self.outputs.publish(key, data, extra))
+
+    def publish_together(self, events: list[tuple[str, bytes, frames.Extra | None]]) -> None:
+        for event in events:
+            self.outputs.publish(*event)
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
         if target == self.name or (target is None and self.spec.answers and any(matches(p, key) for p in self.spec.patterns)):

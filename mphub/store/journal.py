@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Final, Protocol
+from typing import IO, Any, Final, Protocol
 
 import lmdb
 import msgspec
@@ -91,6 +91,12 @@ class Counters(msgspec.Struct, array_like=True, gc=False):
             self.pending[epoch] = left
         else:
             del self.pending[epoch]
+
+    def public(self) -> dict[str, Any]:
+        """Return a copy of what statistics tell."""
+        fields = msgspec.structs.asdict(self)
+        del fields["pending"]
+        return {**fields, "dropped": dict(self.dropped)}
 
     def drop(self, reason: str, count: int) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + count

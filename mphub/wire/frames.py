@@ -6,6 +6,8 @@ a msgpack array of opaque byte strings, so that the router cuts one event out wi
 
 from __future__ import annotations
 
+import os
+import resource
 import struct
 from typing import Annotated, Any, Final, TypeVar
 
@@ -225,6 +227,15 @@ class Failure(Wire, frozen=True):
     traceback: str
     retry: bool = False
     delay: float = 0.0
+    pid: int = 0
+    rss: int = 0
+    """Of the process, its most so far; bytes."""
+
+    @classmethod
+    def here(cls, number: int, reason: str, error: bytes, traceback: str, retry: bool, delay: float) -> Failure:
+        """Describe a failure in this process."""
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return cls(number, reason, error, traceback, retry, delay, os.getpid(), rss)
 
 
 class ReplyRow(Wire, frozen=True):
