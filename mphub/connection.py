@@ -53,6 +53,8 @@ LINGER = 0.0005
 """Seconds for that."""
 MANY = 32
 """Frames that may be unconfirmed at all."""
+MANY_TAKEN = 32
+"""Replies that wait for a frame to be told with: each frame of its own costs the router a turn."""
 BATCH_BYTES = 60 << 10
 SILENCE = 10.0
 """Seconds without any answer after which a hub counts as gone."""
@@ -127,6 +129,9 @@ class Connection:
         """Frames whose refusals are for those who wait for just them."""
         self._held: list[str] = []
         self._replies: dict[int, Reply[object]] = {}
+        self._taken: list[int] = []
+        """Replies that the router may forget; told with the next frame, or when they are many or large."""
+        self._taken_bytes = 0
         self._ended: MphubError | None = None
 
     # -- publishing
@@ -346,6 +351,8 @@ class Connection:
         if self._line is None:
             return
         for sequence, data in [each for each in self._unconfirmed if each[0] > self._written]:
+            if self._taken:
+                data = self._say_taken() + data
             failpoints.hit("publisher.half_sent", self._line.sock.send, data)
             try:
                 self._written = sequence
@@ -531,7 +538,14 @@ class Connection:
         if future is not None and future.set_running_or_notify_cancel():
             settle_reply(future, reply, self._blobs)
         with self._lock, contextlib.suppress(OSError):
-            line.send(frames.REPLIES_TAKEN, encode(RepliesTaken([reply.number])))
+            self._taken.append(reply.number)
+            self._taken_bytes += len(reply.body)
+            if reply.blob is not None or len(self._taken) >= MANY_TAKEN or self._taken_bytes >= BLOB_MIN:
+                line.sock.sendall(self._say_taken())
+
+    def _say_taken(self) -> bytes:
+        taken, self._taken, self._taken_bytes = self._taken, [], 0
+        return frames.frame(frames.REPLIES_TAKEN, encode(RepliesTaken(taken)))
 
     def _reconnect(self, old: Line) -> Line | None:
         """Connect again for as long as the hub lives; resend what is unconfirmed."""

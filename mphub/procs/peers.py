@@ -12,11 +12,13 @@ from mphub.wire.stream import Stream
 class PublisherPeer:
     """A publisher at the other end of a stream."""
 
-    __slots__ = ("behind", "dismissed", "hello", "refused", "sequence", "stream", "told")
+    __slots__ = ("behind", "confirm_at", "dismissed", "hello", "refused", "sequence", "stream", "told")
 
     def __init__(self, stream: Stream, hello: HelloPublisher, sequence: int) -> None:
         self.stream, self.hello, self.sequence = stream, hello, sequence
         self.told = -1
+        self.confirm_at = 0.0
+        """When at the latest; a request's confirm waits a little for its reply (0: at once)."""
         self.refused: list[tuple[int, str, str]] = []
         self.behind = False
         self.dismissed = False

@@ -57,6 +57,8 @@ MAX_AHEAD = 512 << 10
 CONFIRM_EVERY = 8
 """Reports after which a subscriber is confirmed without a delivery to ride on."""
 ENOUGH_FRAMES = 256
+WITH_REPLY = 0.005
+"""Seconds that the confirm of a request waits for the reply."""
 ORPHANED = 1.0
 """Seconds that a supervisor has to end everything when the hub's process is dead."""
 LONGEST_WAIT = 3600.0
@@ -90,6 +92,8 @@ class Router:
         self.answers: list[Answer] = []
         self.limiter = Limiter()
         self.stopping = False
+        self.confirm_at: float | None = None
+        """When the first confirm is due that waits for a reply."""
         self.hub = -1
         self.end_at: float | None = None
         """When to end a supervisor that has not seen that the hub is dead."""
@@ -151,7 +155,7 @@ class Router:
         self._flush()
 
     def _timeout(self) -> float | None:
-        waits = self.door.waits() + ([] if self.end_at is None else [max(0.0, self.end_at - time.monotonic())])
+        waits = self.door.waits() + [max(0.0, at - time.monotonic()) for at in (self.end_at, self.confirm_at) if at is not None]
         if self._someone_is_absent():
             waits.append(max(0.0, self.census_at - time.monotonic()))
         due = self.exchange.next_due()
@@ -243,6 +247,10 @@ class Router:
             refused = self.exchange.accept(batch, header, body)
             if refused is not None:
                 peer.refused.append((batch.sequence, *refused))
+            if not batch.reply:
+                peer.confirm_at = 0.0
+            elif peer.sequence == peer.told:
+                peer.confirm_at = time.monotonic() + WITH_REPLY
             peer.sequence = max(peer.sequence, batch.sequence)
         elif kind == frames.BATCH:
             return  # it is told that the hub stops, not that this was accepted
@@ -269,14 +277,22 @@ class Router:
 
     def _confirm(self) -> None:
         """Confirm after the deliveries: a confirm can wait, a round trip cannot."""
+        self.confirm_at = None
         for peer in self.publishers.values():
-            if peer.sequence != peer.told or peer.refused:
+            if peer.refused or (peer.sequence != peer.told and not self._waits_for_reply(peer)):
                 peer.told = peer.sequence
-                peer.stream.send(frames.CONFIRM, encode(Confirm(peer.sequence, peer.refused)))
+                peer.stream.put(frames.CONFIRM, encode(Confirm(peer.sequence, peer.refused)))
                 peer.refused = []
             if self.exchange.closed and not peer.dismissed:
                 peer.dismissed = True
                 peer.stream.send(frames.CLOSED)
+
+    def _waits_for_reply(self, peer: PublisherPeer) -> bool:
+        """Say whether a confirm may come with the reply: one wake-up less at the other end."""
+        if not peer.confirm_at or peer.confirm_at <= time.monotonic():
+            return False
+        self.confirm_at = min(self.confirm_at or peer.confirm_at, peer.confirm_at)
+        return True
 
     def _send_replies(self) -> None:
         replies = self.exchange.letters.replies
@@ -288,7 +304,8 @@ class Router:
                 if len(peer.stream.out) > MAX_UNREAD:
                     peer.behind = True
                 else:
-                    peer.stream.send(frames.REPLY, encode(reply))
+                    peer.stream.put(frames.REPLY, encode(reply))
+                    peer.confirm_at = 0.0
 
     def _update_holds(self) -> None:
         for box in self.exchange.boxes.values():
