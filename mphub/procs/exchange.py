@@ -59,6 +59,8 @@ class Exchange:
         self.references = References(blobs)
         self.admitted = int(max_bytes * ADMIT)
         self.boxes: dict[str, Mailbox] = {}
+        self.full: set[Mailbox] = set()
+        """Those whose publishers wait."""
         self.table: RoutingTable[Mailbox] = RoutingTable()
         self.accepted = 0
         self.closed = False
@@ -83,6 +85,8 @@ class Exchange:
         self._meta: tuple[int, int, int] = (0, 0, 0)
         with journal.turn():
             recover(self)
+        for box in self.boxes.values():
+            self._note_full(box)
 
     # -- a turn
 
@@ -91,9 +95,11 @@ class Exchange:
         """Commit all that happens inside in one transaction; remove ended blobs afterwards."""
         with self.journal.turn():
             yield
-            self.room.relieve()
+            if self.room.is_needed():
+                self.room.relieve()
             self._write_dirty()
-            self.room.compact()
+            if self.room.is_needed():
+                self.room.compact()
             if self.references.ended:  # for a router that dies before it has removed them
                 self.journal.put("meta", b"ended", encode(self.references.ended))
         failpoints.hit("router.sweeping")
@@ -107,6 +113,7 @@ class Exchange:
                 self.journal.delete("progress", progress_key(box, row))
             self._write_progress(box, portions)
             self.journal.put("subscribers", b"s" + box.name.encode(), encode(box.state))
+            self._note_full(box)
         self._dirty.clear()
         for publisher in self._dirty_publishers:
             value = encode((self.sequences[publisher], *self.homes.get(publisher, (0, 0.0))))
@@ -195,7 +202,7 @@ class Exchange:
         elif box.status in LASTING:
             self.journal.delete("subscribers", b"t" + name.encode())
         box.status = status
-        box.update_full()
+        self._note_full(box)
         if box.given_up:
             self._fail_requests(box)
 
@@ -619,7 +626,11 @@ class Exchange:
         """Return the patterns whose publishers wait; ``>`` when the journal is as full as admission allows."""
         if self.used >= self.admitted:
             return [">"]
-        return sorted({pattern for box in self.boxes.values() if box.full for pattern in box.spec.patterns})
+        return sorted({pattern for box in self.full for pattern in box.spec.patterns}) if self.full else []
+
+    def _note_full(self, box: Mailbox) -> None:
+        box.update_full()
+        (self.full.add if box.full else self.full.discard)(box)
 
     def tell(self, kind: str, subscriber: str | None, message: str, count: int = 1, **details: object) -> None:
         self.news.append(News(kind, subscriber, message, details, count))

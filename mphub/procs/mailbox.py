@@ -151,12 +151,11 @@ class Mailbox:
         first = self.open[0] if self.open else newest
         self.state.cursor = first if self.tail is None else min(first, self.tail)
 
-    def update_full(self) -> bool:
-        """Recompute whether publishers wait for it (released at 80 %); say whether that changed."""
-        was, least = self.full, 0.8 if self.full else 1.0
+    def update_full(self) -> None:
+        """Recompute whether publishers wait for it (released at 80 %)."""
+        least = 0.8 if self.full else 1.0
         over = self.unfinished >= self.spec.inbox.maxsize * least or self.bytes >= self.max_bytes * least
         self.full = over and self.overflow == "block"
-        return self.full != was
 
 
 def credit_for(spec: Spec) -> Credit:

@@ -36,6 +36,13 @@ class Room:
         self._looked = False
         """A whole pass has been made since the journal is full."""
 
+    def is_needed(self) -> bool:
+        """Say whether there is anything to look after."""
+        if self._next is None and self.exchange.used < self.exchange.admitted * BEGIN:
+            self._looked = False
+            return False
+        return True
+
     @property
     def is_full(self) -> bool:
         return self.exchange.used >= self.exchange.admitted
@@ -52,7 +59,7 @@ class Room:
         exchange = self.exchange
         if self._next is None:
             urgent = self.is_full and not self._looked
-            if not urgent and (exchange.used < exchange.admitted * BEGIN or time.monotonic() < self._rest_until):
+            if not urgent and time.monotonic() < self._rest_until:
                 return
             self._next, self._began = 0, time.monotonic()
         found = list(islice(exchange.journal.scan("rows", self._next.to_bytes(8, "big")), ROWS))

@@ -143,7 +143,8 @@ class Router:
                 failpoints.hit("router.committing")
             failpoints.hit("router.committed")
         for seat in self.seats.values():
-            self._pump(seat)
+            if seat.box.delivery.waiting or seat.unconfirmed:
+                self._pump(seat)
         failpoints.hit("router.delivered")
         self._send_replies()
         failpoints.hit("router.replied")
@@ -308,12 +309,10 @@ class Router:
                     peer.confirm_at = 0.0
 
     def _update_holds(self) -> None:
-        for box in self.exchange.boxes.values():
-            box.update_full()
         held = self.exchange.held_patterns()
         if held != self.held:
             self.held = held
-            self._push("held", patterns=held, names=[b.name for b in self.exchange.boxes.values() if b.full])
+            self._push("held", patterns=held, names=[b.name for b in self.exchange.full])
             for peer in self.publishers.values():
                 peer.stream.send(frames.HOLD, encode(Hold(held)))
 
@@ -556,7 +555,8 @@ class Router:
     def _flush(self) -> None:
         self.link.flush_or_watch(self.selector)
         for peer in self.publishers.values():
-            peer.stream.flush_or_watch(self.selector)
+            if peer.stream.is_busy:
+                peer.stream.flush_or_watch(self.selector)
         for seat in self.seats.values():
-            if seat.stream is not None:
+            if seat.stream is not None and seat.stream.is_busy:
                 seat.stream.flush_or_watch(self.selector)

@@ -32,6 +32,8 @@ TABLES: Final = (
     "frames",
     "snapshots",
 )
+BOOKS: Final = frozenset({"meta", "subscribers", "publishers", "frames"})
+"""Tables with a row for each process or subscriber, written in every turn: small and few, they do not count as used."""
 FORMAT: Final = b"1"
 SHORTAGES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}
 
@@ -187,7 +189,7 @@ class Journal:
                 )
             if found is None:
                 self.put("meta", b"format", FORMAT)
-            self.used = sum(on_disk(value) for name in TABLES for _, value in self.scan(name))
+            self.used = sum(on_disk(value) for name in TABLES if name not in BOOKS for _, value in self.scan(name))
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -230,11 +232,12 @@ class Journal:
         return None if value is None else bytes(value)
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
-        old = self.get(table, key)
-        if not self._in_turn().put(key, value, db=self._tables[table]):
-            raise JournalError(f"{table} row {key!r} was not written")
         self._changes.append((table, key, value))
-        self.used += on_disk(value) - (on_disk(old) if old is not None else 0)
+        if table not in BOOKS:
+            old = self._in_turn().replace(key, value, db=self._tables[table])
+            self.used += on_disk(value) - (on_disk(bytes(old)) if old is not None else 0)
+        elif not self._in_turn().put(key, value, db=self._tables[table]):
+            raise JournalError(f"{table} row {key!r} was not written")
 
     def append(self, table: str, key: bytes, value: bytes) -> None:
         """Put a row behind all others (its own result is the only sign that it was not)."""
@@ -247,7 +250,7 @@ class Journal:
         old = self._in_turn().pop(key, db=self._tables[table])
         if old is not None:
             self._changes.append((table, key, None))
-            self.used -= on_disk(bytes(old))
+            self.used -= on_disk(bytes(old)) if table not in BOOKS else 0
 
     def scan(self, table: str, start: bytes = b"", end: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Yield rows from ``start`` on, in order, before ``end``."""
@@ -286,13 +289,13 @@ class MemoryJournal:
     def put(self, table: str, key: bytes, value: bytes) -> None:
         self.delete(table, key)
         self._tables[table][key] = value
-        self.used += on_disk(value)
+        self.used += on_disk(value) if table not in BOOKS else 0
 
     append = put
 
     def delete(self, table: str, key: bytes) -> None:
         old = self._tables[table].pop(key, None)
-        if old is not None:
+        if old is not None and table not in BOOKS:
             self.used -= on_disk(old)
 
     def scan(self, table: str, start: bytes = b"", end: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:

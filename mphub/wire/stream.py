@@ -90,6 +90,11 @@ class Stream:
         """Bytes that have arrived of a frame that is not whole."""
         return len(self._in)
 
+    @property
+    def is_busy(self) -> bool:
+        """Say whether something waits to be written, or did at the last look."""
+        return self._watched or bool(self.out)
+
     def read(self) -> list[Frame] | None:
         """Return the frames that arrived, or None at the end of the stream."""
         try:
