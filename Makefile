@@ -6,13 +6,13 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help venv run test lint types bench check clean
+.PHONY: help venv run test lint types bench bench-peers check clean
 
 help:
 	@echo "make run     start the supervisor script (FOLDER=..., KILL_EVERY=seconds)"
 	@echo "make test    run the tests"
 	@echo "make check   lint, types and tests"
-	@echo "make bench   measure"
+	@echo "make bench   measure (make bench-peers: other packages too)"
 
 venv: $(READY)
 
@@ -40,6 +40,12 @@ types: venv
 
 bench: venv
 	$(BIN)/python scripts/bench.py
+
+# Other packages on the same work, in an environment of their own.
+bench-peers: venv
+	$(BIN)/python -m venv .venv/peers || $(PYTHON) -m venv --without-pip .venv/peers
+	$(BIN)/python -m pip --python .venv/peers/bin/python install -e . numpy pyzmq faster-fifo mpire pebble loky ray
+	.venv/peers/bin/python scripts/bench.py --families throughput-1,roundtrip,roundtrip-p99 --peers
 
 check: lint types test
 

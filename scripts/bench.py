@@ -2,6 +2,7 @@
 
     python scripts/bench.py                                          every family, five rounds: some minutes
     python scripts/bench.py --families throughput-1 --check 5        exit code 1 below five times the baseline
+    python scripts/bench.py --families throughput-1,roundtrip --peers   other packages too, as far as they are installed
     python scripts/bench.py --events 20000 --rounds 3 --json -       all values, for a program
 
 The baseline is mostly "two-hop": the producer puts (key, payload) into one multiprocessing.Queue, a router process gets each and puts the
@@ -35,6 +36,8 @@ from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, NoReturn
+
+from peers import PEERS, Peer
 
 from mphub import EventHub, Inbox, Restart, Stop, Subscriber
 
@@ -259,6 +262,17 @@ def against_two_hop(unit: str, subscribers: int, events: int = 300_000, publishe
     return Family(unit, events, throughput, sides)
 
 
+@contextlib.contextmanager
+def with_peer(peer: Peer) -> Iterator[Side]:
+    with peer.open(KEY, PAYLOAD) as (publish, ask):
+        yield Side(publish, ask)
+
+
+def opener(family: str, side: str) -> Callable[[], Opened]:
+    """Return what opens a side: one of the family's two, or a peer."""
+    return FAMILIES[family].sides[side] if side in SIDES else partial(with_peer, PEERS[side])
+
+
 def crowded(publishers: int, opened: Callable[[], Opened]) -> Opened:
     return published_by(publishers, opened())
 
@@ -308,6 +322,8 @@ FAMILIES |= {
     )
     for how in ("own key", "drop_oldest", "drop_newest", "dead_letter", "FATAL", "frozen")
 }
+PEERS_IN = ("throughput-1", "roundtrip", "roundtrip-p99")
+"""Families in which other packages can be measured too."""
 USUAL = [name for name in FAMILIES if not name.startswith("stuck-")]
 SIDES = ("baseline", "mphub")
 
@@ -328,20 +344,29 @@ class Result:
     values: dict[str, list[float]]
     ratios: list[float]
     ratio: float
+    peers: dict[str, float]
+    """Median of how many times better mphub is than each."""
 
 
 def compare(name: str, events: int, values: dict[str, list[float]]) -> Result:
     """Put the rounds of one family side by side."""
     family = FAMILIES[name]
-    better, worse = ("baseline", "mphub") if family.less_is_better else ("mphub", "baseline")
-    ratios = [a / b for a, b in zip(values[better], values[worse], strict=True)]
-    return Result(name, family.unit, events, values, ratios, statistics.median(ratios))
+    ratios = {side: ratios_of(values["mphub"], values[side], family.less_is_better) for side in values if side != "mphub"}
+    peers = {side: statistics.median(found) for side, found in ratios.items() if side != "baseline"}
+    return Result(name, family.unit, events, values, ratios["baseline"], statistics.median(ratios["baseline"]), peers)
 
 
-def measure(name: str, rounds: int, events: int | None) -> Result:
+def ratios_of(ours: list[float], theirs: list[float], less_is_better: bool) -> list[float]:
+    """Return, round by round, how many times better ours is."""
+    pairs = zip(theirs, ours, strict=True) if less_is_better else zip(ours, theirs, strict=True)
+    return [a / b for a, b in pairs]
+
+
+def measure(name: str, rounds: int, events: int | None, peers: Sequence[str] = ()) -> Result:
     """Let the sides take turns."""
     events = events or FAMILIES[name].events
-    values: dict[str, list[float]] = {side: [] for side in FAMILIES[name].sides}
+    others = [peer for peer in peers if name in PEERS_IN]
+    values: dict[str, list[float]] = {side: [] for side in (*FAMILIES[name].sides, *others)}
     for number in range(1, rounds + 1):
         for side, found in values.items():
             found.append(measure_apart(name, side, events))
@@ -351,6 +376,7 @@ def measure(name: str, rounds: int, events: int | None) -> Result:
 
 def measure_apart(name: str, side: str, events: int) -> float:
     """Measure in a fresh process, which leaves none behind, whatever happens."""
+    events = max(1, int(events * (PEERS[side].share if side in PEERS else 1)))
     command = [sys.executable, __file__, "--one", f"{name}/{side}", "--events", str(events)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0) as process:
         try:
@@ -383,6 +409,7 @@ def table(results: Sequence[Result]) -> str:
     for one in results:
         baseline, mphub = (spread(one.values[side]) for side in SIDES)
         rows.append(f"{one.family:<18}{baseline:>28}{mphub:>34}{spread(one.ratios, '.2f'):>22}  {one.unit}")
+        rows += [f"  {peer:<16}{spread(one.values[peer]):>28}{'':>34}{ratio:>10.2f}" for peer, ratio in one.peers.items()]
     return "\n".join(rows)
 
 
@@ -434,10 +461,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--events", type=whole, metavar="N", help="events a measurement; default: as many as suit the family")
     add("--json", metavar="FILE", help="write all values there; - for stdout, instead of the table")
     add("--check", type=float, metavar="RATIO", help="exit with 1 if throughput-1 is less than so many times the baseline")
-    add("--one", choices=[f"{family}/{side}" for family in FAMILIES for side in SIDES], help=argparse.SUPPRESS)
+    add("--one", choices=[f"{family}/{side}" for family in FAMILIES for side in (*SIDES, *PEERS)], help=argparse.SUPPRESS)
+    add("--peers", action="store_true", help="measure the other packages that are installed too")
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
-        parser.error(f"got {unknown[0]!r}; expected --families, --rounds, --events, --json or --check")
+        parser.error(f"got {unknown[0]!r}; expected --families, --rounds, --events, --json, --check or --peers")
     if found.check is not None and "throughput-1" not in found.families:
         parser.error(f"--check: got --families {','.join(found.families)}; expected throughput-1 among them")
     if found.json is not None and not Path(found.json).parent.is_dir():
@@ -450,7 +478,11 @@ def main() -> int:
     options = parse()
     if options.one:
         return measure_here(options.one, options.events)
-    results = [measure(name, options.rounds, options.events) for name in options.families]
+    peers = [name for name, peer in PEERS.items() if options.peers and peer.is_there]
+    for name in PEERS if options.peers else ():
+        if name not in peers:
+            print(f"bench: {name} is not installed: not run", file=sys.stderr)
+    results = [measure(name, options.rounds, options.events, peers) for name in options.families]
     print(as_json(results) if options.json == "-" else f"{machine()}\n{table(results)}")
     if options.json not in (None, "-"):
         Path(options.json).write_text(as_json(results) + "\n")
@@ -462,7 +494,7 @@ def measure_here(what: str, events: int | None) -> int:
     name, side = what.split("/")
     family = FAMILIES[name]
     events = events or family.events
-    with family.sides[side]() as opened:
+    with opener(name, side)() as opened:
         value = family.measure(opened, events)
     print(json.dumps({"family": name, "side": side, "events": events, "value": value}))
     return 0

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import bench
+import peers
 import psutil
 import pytest
 
@@ -51,7 +52,7 @@ def test_the_table_has_both_sides_and_their_ratio() -> None:
 @pytest.mark.parametrize(("least", "code"), [(None, 0), (6.0, 0), (6.1, 1), (float("nan"), 1)])
 def test_the_check_is_of_throughput_to_one(least: float | None, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {"throughput-1": VALUES, "roundtrip": {"baseline": [1.0], "mphub": [1000.0]}}
-    monkeypatch.setattr(bench, "measure", lambda name, rounds, events: bench.compare(name, 10, figures[name]))
+    monkeypatch.setattr(bench, "measure", lambda name, rounds, events, peers: bench.compare(name, 10, figures[name]))
     check = [] if least is None else ["--check", str(least)]
     monkeypatch.setattr(sys, "argv", ["bench.py", "--families", "roundtrip,throughput-1", *check])
     assert bench.main() == code
@@ -105,6 +106,18 @@ def test_every_family_is_measured_on_both_sides(heavy: bool) -> None:
         assert result["events"] == events
         assert set(result["values"]) == set(bench.SIDES)
         assert all(len(values) == 1 and values[0] > 0 for values in (*result["values"].values(), result["ratios"]))
+
+
+@pytest.mark.parametrize("peer", [name for name, peer in peers.PEERS.items() if peer.is_there])
+def test_a_peer_that_is_installed_is_measured_too(peer: str) -> None:
+    assert bench.measure_apart("throughput-1", peer, 2000) > 0
+    assert bench.measure_apart("roundtrip", peer, 100) > 0
+
+
+def test_peers_stand_below_their_family() -> None:
+    result = bench.compare("throughput-1", 10, {**VALUES, "pyzmq": [250.0, 400.0, 300.0]})
+    assert result.peers == {"pyzmq": 2.0}
+    assert bench.table([result]).splitlines()[2].split() == ["pyzmq", "300", "(250..400)", "2.00"]
 
 
 @pytest.mark.parametrize("side", list(bench.SIDES))
