@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import AbstractContextManager
 from multiprocessing import util as mp_util
 from pickle import dumps
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import psutil
@@ -114,14 +114,14 @@ class Connection:
         self._sequence = self._written = 0
         """The last frames that were made and that were sent."""
         self._first = 1
-        self._events: list[bytes | Parts] = []
+        self._first_id = self._base + self._first
+        self._events: list[bytes] = []
         self._runs: list[tuple[str, int]] = []
         self._extras: dict[int, Extra] = {}
         self._key: str | None = None
         """That of the batch's last run."""
         self._size = 0
         """The batch's bytes."""
-        self._clear_batch()
         self._mode: Mode = PLAIN
         self._unconfirmed: deque[tuple[int, bytes]] = deque()
         self._refused: dict[int, MphubError] = {}
@@ -176,7 +176,7 @@ class Connection:
             number = self._first_id + place
             size += self._size
             self._size = size
-            events.append(data)
+            events.append(data)  # type: ignore[arg-type]  # parts are larger than that
             if size >= BATCH_BYTES or place >= MAX_EVENTS - 1:
                 self._send_batch()
         return EventId(number)
@@ -244,27 +244,44 @@ class Connection:
         while self._held and self._is_held(key):
             self._wait_released(key)
             self._ready(mode)  # the lock was free meanwhile: the batch may be another thread's
-        size = len(data)
-        if self._events and (strict or size >= BLOB_MIN or (reply is not None and self._key != key)):
+        if not isinstance(data, bytes) or len(data) >= BLOB_MIN:
+            return self._send_alone(key, data, extra, mode, reply, strict=strict)
+        if self._events and (strict or (reply is not None and self._key != key)):
             self._send()
         number = self._append(key, data, extra)
         if reply is not None:
             self._replies[number] = reply
         if strict:
             self._send(strict=True)
-        elif len(self._unconfirmed) < FEW or self._size >= BATCH_BYTES or len(self._events) >= MAX_EVENTS or size >= BLOB_MIN:
+        elif len(self._unconfirmed) < FEW or self._size >= BATCH_BYTES or len(self._events) >= MAX_EVENTS:
             self._send_batch()
         return number
 
     def _send_batch(self) -> None:
         """Send the batch once not too many frames are unconfirmed."""
+        self._wait_for_few()
+        self._send()
+
+    def _wait_for_few(self) -> None:
         while len(self._unconfirmed) >= MANY and self._ended is None:
             self._changed.wait()
         if self._ended is not None:
             raise self._ended
-        self._send()
 
-    def _append(self, key: str, data: bytes | Parts, extra: Extra | None) -> int:
+    def _send_alone(
+        self, key: str, data: bytes | Parts, extra: Extra | None, mode: Mode, reply: Reply[object] | None, *, strict: bool
+    ) -> int:  # fmt: skip
+        """Send a large event by itself and return its number; it gets one when its file is written, so that an interrupt leaves nothing."""
+        self._wait_for_few()
+        self._ready(mode)  # the lock was free meanwhile
+        self._send()
+        blob, number = self._write_file(data), self._first
+        if reply is not None:
+            self._replies[number] = reply
+        self._dispatch([(key, 1)], 1, b"", blob, len(data), None if extra is None else {0: extra}, strict=strict)
+        return number
+
+    def _append(self, key: str, data: bytes, extra: Extra | None) -> int:
         """Put one event into the batch and return its number; an interrupt leaves it wholly inside or outside."""
         if self._key != key:
             self._begin_run(key)
@@ -303,24 +320,27 @@ class Connection:
             if self._written != self._sequence:
                 self._write()
             return self._sequence
+        body, blob = join(self._events), None
+        size = len(body)
+        if size > BATCH_BYTES * 4:
+            # a file of one event is its pickle
+            blob, body = self._write_file(body if len(self._events) > 1 else self._events[0]), b""
+        return self._dispatch(self._counts(), len(self._events), body, blob, size, self._extras or None, strict=strict)
+
+    def _dispatch(
+        self, runs: list[tuple[str, int]], count: int, body: bytes, blob: str | None, size: int, extras: dict[int, Extra] | None, *,
+        strict: bool,
+    ) -> int:  # fmt: skip
+        """Make the next frame, keep it until it is confirmed, send it; with that the batch begins anew."""
         target, reply, epoch = self._mode
-        body, blob = b"", None
-        if len(self._events) == 1 and len(self._events[0]) >= BLOB_MIN:
-            size, blob = len(self._events[0]), self._write_file(self._events[0])
-        else:
-            body = join(cast("list[bytes]", self._events))  # parts are large, and go alone
-            size = len(body)
-            if size > BATCH_BYTES * 4:
-                blob, body = self._write_file(body), b""
         sequence = self._sequence + 1
         header = encode(
             Batch(
-                self.id, sequence, self._first, self._counts(), time.time(), epoch, target, reply, strict, blob, size,
-                self._extras or None,
+                self.id, sequence, self._first, runs, time.time(), epoch, target, reply, strict, blob, size, extras,
             )
         )  # fmt: skip
         data = frames.frame(frames.BATCH, header, body)
-        first = self._first + len(self._events)
+        first = self._first + count
         first_id = self._base + first
         # no call in these lines: an interrupt comes after one, and must find the batch in one place
         self._unconfirmed += [(sequence, data)]
@@ -334,7 +354,6 @@ class Connection:
         try:
             return self._blobs.write(data)
         except OSError as error:
-            self._clear_batch()
             raise PayloadError(f"a payload of {len(data)} bytes cannot be written to the hub's folder: {error}") from error
 
     def _clear_batch(self) -> None:
@@ -438,11 +457,14 @@ class Connection:
             if self._ended is None:
                 self._ended = reason
             replies, self._replies = self._replies, {}
-            line = self._line
+            lost, line = self.unconfirmed, self._line
+            self._unconfirmed.clear()
             self._changed.notify_all()
         for reply in replies.values():
             if not reply.done():
                 reply.set_exception(reason)
+        if lost:
+            log.warning("hub %r: %d frames that this process published were not accepted (%s)", self.address.name, lost, reason)
         if line is not None:
             shut(line.sock)
 
@@ -600,7 +622,7 @@ def settle_reply(future: Reply[object], reply: frames.Reply, blobs: Blobs) -> No
     """Put the outcome into the future."""
     try:
         if reply.outcome == "ok":
-            future.set_result(codec.load_any(blobs.read(reply.blob) if reply.blob else reply.body))
+            future.set_result(codec.load_any(blobs.copy(reply.blob) if reply.blob else reply.body))
         else:
             future.set_exception(failure_of(reply.outcome, reply.body))
     except Exception as error:  # the result cannot be loaded here: that is the answer

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -225,8 +224,8 @@ class Client:
                 self._heard("state", {"name": name, **found})
 
     def _has_ended(self, status: int) -> bool:
-        """Say whether a supervisor ended in order. A process that ignores SIGCHLD never learns how its children ended."""
-        return status == 0 and not (signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN and self.folder.exists())
+        """Say whether a supervisor ended in order; a process that ignores SIGCHLD, or reaps all by itself, does not learn how."""
+        return status == 0 and not self.folder.exists()
 
     def _launch_again(self) -> tuple[subprocess.Popen[bytes], Line]:
         """Start a successor; one that dies at its start is followed by the next, and what the machine lacks it may have again soon."""

@@ -239,6 +239,8 @@ class Exchange:
         refused = self._refusal(batch)
         if refused is None:
             self.take_in(batch, header, body, batch.epoch or self.epoch)
+        else:
+            self.references.end(batch.blob)
         return refused
 
     def _refusal(self, batch: Batch) -> tuple[str, str] | None:

@@ -22,6 +22,8 @@ from mphub.wire.specs import Surroundings
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SHORT = 75
 """Exit code of a child that could not begin, or go on, for want of descriptors, memory or room on the disk."""
+LOOKS_APART = 2.5
+"""Seconds between two looks from which nothing is known of the time between."""
 FROZEN_AFTER = 5.0
 """Seconds after which a stopped process counts as frozen."""
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -210,24 +212,21 @@ def is_gone(pid: int, ticks: int) -> bool:
 
 
 class Frost:
-    """Sees that a process has been stopped (state T) for too long, by looks at it now and then."""
+    """Sees that a process has been stopped (state T) for too long, by looks at it one soon after the other."""
 
     def __init__(self) -> None:
         self._since: float | None = None
+        self._looked = 0.0
 
     def lasts(self, pid: int, now: float) -> bool:
         """Look; say whether it was stopped at every look for some seconds."""
         fields = stat_fields(pid)
         if not fields or fields[0] != "T":
             self._since = None
-        elif self._since is None:
+        elif self._since is None or now - self._looked > LOOKS_APART:
             self._since = now
+        self._looked = now
         return self._since is not None and now - self._since >= FROZEN_AFTER
-
-    def forgive(self, seconds: float) -> None:
-        """Do not count a time in which nobody looked."""
-        if self._since is not None:
-            self._since += seconds
 
 
 def is_same(pid: int, ticks: int) -> bool:

@@ -337,8 +337,7 @@ class Inline:
         return EventId.make(self.outputs.incarnation, self.outputs.publish(key, data, extra))
 
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
-        for event in events:
-            self.outputs.publish(*event)
+        self.outputs.publish_together(events)
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
         if target is not None:

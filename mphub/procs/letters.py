@@ -11,7 +11,7 @@ import msgspec
 from mphub.core.delivery import Portion, Spans, indexes, length, spans_of, subtract
 from mphub.core.rows import Row, part_of, share
 from mphub.store.journal import Dead, on_disk
-from mphub.wire.frames import Batch, Reply, ReplyRow, decoder, encode, join, split
+from mphub.wire.frames import Batch, Reply, ReplyRow, decoder, encode, join, split, views
 
 if TYPE_CHECKING:
     from mphub.procs.exchange import Exchange
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 DEAD_SHARE = 0.25
 """Of max_bytes: beyond it the oldest dead letters give way."""
+GROUP_BYTES = 256 << 10
+"""Of dead letters that are kept together."""
 PAGE_BYTES = 512 << 10
 """What one answer with dead letters holds, so that it fits a frame."""
 _dead = decoder(Dead)
@@ -85,7 +87,7 @@ class Letters:
             batch, body = self.exchange.cut_out(row, index)
             self._keep(
                 Dead(
-                    box.name, batch, row.epoch, body, reason, attempts, self.exchange.clock(), error,
+                    box.name, batch, body, reason, attempts, self.exchange.clock(), error,
                     cause.traceback, cause.exit, cause.pid, cause.rss, cause.stderr, told,
                 )
             )  # fmt: skip
@@ -95,16 +97,30 @@ class Letters:
 
     def bury_untried(self, box: Mailbox, row: Row, spans: Spans, reason: str) -> None:
         """Enter events that nobody has tried as dead letters, those of one frame as one row: a flood of them must cost little."""
-        if row.batch.reply or row.batch.blob is not None:
+        if row.batch.reply or row.is_blob:
             for index in indexes(spans):
                 self._enter(box, row, index, reason, 0)
             return
-        for a, b in spans:
-            body = row.body if b - a == row.count else join(split(row.body)[a:b])
-            self._keep(Dead(box.name, part_of(row.batch, a, b, len(body)), row.epoch, body, reason, 0, self.exchange.clock()))
+        for a, b, body in self._groups(row, spans):
+            self._keep(Dead(box.name, part_of(row.batch, a, b, len(body)), body, reason, 0, self.exchange.clock()))
             event = f"{row.batch.publisher << 40 | row.batch.number + a:026x}"
             self.exchange.tell("dead_letter", box.name, reason, b - a, key=row.key(a), id=event, attempts=0)
         box.counters.dead += length(spans)
+
+    def _groups(self, row: Row, spans: Spans) -> Iterator[tuple[int, int, bytes]]:
+        """Yield events of a row by groups that a row takes: (first, behind the last, an array of their pickles)."""
+        if row.batch.blob is None and spans == [(0, row.count)]:
+            yield 0, row.count, row.body
+            return
+        events = views(self.exchange.blobs.read(row.batch.blob)) if row.batch.blob is not None else split(row.body)
+        for a, b in spans:
+            while a < b:
+                end, size = a, 0
+                while end < b and (end == a or size + len(events[end]) <= GROUP_BYTES):
+                    size += len(events[end])
+                    end += 1
+                yield a, end, join(events[a:end])
+                a = end
 
     def _keep(self, dead: Dead) -> None:
         self._write(self._next.to_bytes(8, "big"), dead)

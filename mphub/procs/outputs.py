@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
-from typing import cast
+from typing import Any
 
 from mphub.store.blobs import Blobs
 from mphub.wire.codec import Parts, check_size
@@ -20,7 +22,7 @@ class Outputs:
         self.size = 0
         """Bytes kept."""
         self._number = 0
-        self._events: list[tuple[str, bytes | Parts, Extra | None]] = []
+        self._events: list[tuple[str, Any, Extra | None]] = []
         self._header = 0
         """Bytes of their keys and headers."""
         self._epoch = 0
@@ -34,24 +36,50 @@ class Outputs:
         self.fresh.append((key, data, extra))
         return self._number + len(self._events) + len(self.fresh)
 
+    def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
+        """Note outputs of the running event, all or none.
+
+        Raises PayloadError.
+        """
+        for _, data, _ in events:
+            check_size(data, self.largest)
+        self.fresh += events
+
     def keep(self, epoch: int) -> None:
-        """Adopt the outputs of an event that has returned; they inherit its epoch."""
+        """Adopt the outputs of an event that has returned; they inherit its epoch.
+
+        Raises OSError: a file cannot be written; nothing is adopted.
+        """
         if not self.fresh:
             return
+        blobs = self._write_files()
         if epoch != self._epoch:
             self._pack()
             self._epoch = epoch
-        for key, data, extra in self.fresh:
-            large = len(data) >= self.large
+        for (key, data, extra), blob in zip(self.fresh, blobs, strict=True):
             size = len(key) + 8 + (extra.size if extra is not None else 0)
-            if large or self._header + size > self.large or len(self._events) >= MAX_EVENTS:
-                self._pack()
-            self._events.append((key, data, extra))
-            self._header += size
             self.size += len(data) + size
-            if large:
+            if blob is not None or self._header + size > self.large or len(self._events) >= MAX_EVENTS:
                 self._pack()
+            if blob is not None:
+                self._emit([(key, extra)], b"", blob, len(data))
+            else:
+                self._events.append((key, data, extra))
+                self._header += size
         self.fresh.clear()
+
+    def _write_files(self) -> list[str | None]:
+        """Write what is large to files of its own; a body of one event would be larger than that by some bytes."""
+        names: list[str | None] = []
+        try:
+            for _, data, _ in self.fresh:
+                alone = not isinstance(data, bytes) or len(data) >= self.large - 16
+                names.append(self.blobs.write(data) if alone else None)
+        except BaseException:
+            for name in filter(None, names):
+                self.blobs.remove(name)
+            raise
+        return names
 
     def take(self) -> list[Output]:
         """Return what is kept, as batches, and begin anew."""
@@ -60,36 +88,23 @@ class Outputs:
         return taken
 
     def _pack(self) -> None:
-        """Make a batch of the events that belong together; what is large becomes a file."""
+        """Make a batch of the events that belong together; if it is large it becomes a file, or travels in parts if that fails."""
         events = self._events
         if not events:
             return
-        body, blob = b"", None
-        if len(events) == 1 and len(events[0][1]) >= self.large:
-            size, blob = len(events[0][1]), self.blobs.write(events[0][1])
-        else:
-            body = join(cast("list[bytes]", [data for _, data, _ in events]))  # parts are large, and go alone
-            size = len(body)
-            if size >= self.large:
-                blob, body = self.blobs.write(body), b""
-        runs: list[tuple[str, int]] = []
-        for key, _, _ in events:
-            if runs and runs[-1][0] == key:
-                runs[-1] = (key, runs[-1][1] + 1)
-            else:
-                runs.append((key, 1))
-        extras = {i: extra for i, (_, _, extra) in enumerate(events) if extra is not None}
+        body, blob = join([data for _, data, _ in events]), None
+        size = len(body)
+        if size >= self.large:
+            with contextlib.suppress(OSError):
+                blob, body = self.blobs.write(body), b""  # of several events: one as large as that has a file already
+        self._events, self._header = [], 0
+        self._emit([(key, extra) for key, _, extra in events], body, blob, size)
+
+    def _emit(self, events: list[tuple[str, Extra | None]], body: bytes, blob: str | None, size: int) -> None:
+        runs = [(key, len(list(run))) for key, run in itertools.groupby(key for key, _ in events)]
+        extras = {i: extra for i, (_, extra) in enumerate(events) if extra is not None}
         batch = Batch(
-            self.incarnation,
-            0,
-            self._number + 1,
-            runs,
-            time.time(),
-            self._epoch,
-            blob=blob,
-            size=size,
-            extras=extras or None,
-        )
+            self.incarnation, 0, self._number + 1, runs, time.time(), self._epoch, blob=blob, size=size, extras=extras or None
+        )  # fmt: skip
         self._number += len(events)
         self.kept.append(Output(batch, body))
-        self._events, self._header = [], 0

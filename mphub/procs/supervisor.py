@@ -111,7 +111,6 @@ class Supervisor:
     def _tick(self) -> None:
         now = time.monotonic()
         if now - self.awake > ASLEEP:
-            self.link.frost.forgive(now - self.awake)
             for child in self._children():
                 child.forgive(now - self.awake)
         self.awake = now

@@ -125,7 +125,6 @@ class Child:
         self.kill_at = [(at + seconds, number) for at, number in self.kill_at]
         if self.running_since is not None:
             self.running_since = (self.running_since[0], self.running_since[1] + seconds)
-        self.frost.forgive(seconds)
 
     def measure(self) -> tuple[float, int]:
         """Return percent of a core since the start, and resident bytes."""

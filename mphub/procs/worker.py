@@ -106,7 +106,7 @@ class Worker:
         subscriber = self.runner.subscriber
         if subscriber is not None:
             subscriber.setup()
-            state = self.blobs.read(welcome.blob) if welcome.blob else welcome.snapshot
+            state = self.blobs.copy(welcome.blob) if welcome.blob else welcome.snapshot
             if state:
                 subscriber.restore(codec.load_any(state))
         self.last_snapshot = time.monotonic()
@@ -391,8 +391,7 @@ class Worker:
         return EventId.make(self.incarnation, self.outputs.publish(key, data, extra))
 
     def publish_together(self, events: list[tuple[str, bytes, frames.Extra | None]]) -> None:
-        for event in events:
-            self.outputs.publish(*event)
+        self.outputs.publish_together(events)
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
         if target == self.name or (target is None and self.spec.answers and any(matches(p, key) for p in self.spec.patterns)):

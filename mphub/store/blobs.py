@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import mmap
 import os
 import time
+import weakref
 from pathlib import Path
 
 from mphub import failpoints
@@ -15,7 +17,15 @@ from mphub.wire.frames import BLOB_MIN
 
 ROOM_EVERY = 0.05
 """Seconds between looks whether there is room on the disk again."""
+ROOM_LEFT = 0.5
+"""Share of the disk that must be free for files to be mapped."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
+_libc = ctypes.CDLL(None, use_errno=True)
+_mmap, _munmap = _libc.mmap, _libc.munmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong]
+_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Blobs:
@@ -58,11 +68,33 @@ class Blobs:
         return b"", self.write(data)
 
     def read(self, name: str) -> memoryview:
-        """Map a file privately: writable, nothing copied that is not written, the file unchanged."""
-        with open(self.folder / checked(name), "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+        """Map a file privately: writable, nothing copied that is not written, the file unchanged.
+
+        While room is short it is copied: what is kept of a map keeps the removed file's room.
+        """
+        with open(self.folder / checked(name), "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
                 return memoryview(b"")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            if not self._has_room():
+                return self._copy(file, size)
+            return private_map(file.fileno(), size)
+
+    def copy(self, name: str) -> memoryview:
+        """Return a copy of a file: for who may keep many."""
+        with open(self.folder / checked(name), "rb", buffering=0) as file:
+            return self._copy(file, os.fstat(file.fileno()).st_size)
+
+    def _copy(self, file: io.FileIO, size: int) -> memoryview:
+        data = memoryview(bytearray(size))
+        at = 0
+        while at < size and (got := file.readinto(data[at:])):
+            at += got
+        return data
+
+    def _has_room(self) -> bool:
+        space = os.statvfs(self.folder)
+        return space.f_bavail > space.f_blocks * ROOM_LEFT
 
     def size(self, name: str) -> int:
         """Return its bytes; FileNotFoundError if a frame names what does not exist."""
@@ -75,6 +107,16 @@ class Blobs:
         """List what one writer left."""
         prefix = f"{writer:016x}-"
         return [entry.name for entry in os.scandir(self.folder) if entry.name.startswith(prefix)]
+
+
+def private_map(descriptor: int, size: int) -> memoryview:
+    """Map a file copy-on-write. Python's own maps keep a descriptor each, and a handler may keep thousands."""
+    address = _mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, descriptor, 0)
+    if address == MAP_FAILED:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    data = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(data, _munmap, address, size).atexit = False  # while a view is left, so is the map
+    return memoryview(data).cast("B")
 
 
 def write_all(file: io.FileIO, piece: bytes | memoryview) -> None:

@@ -119,7 +119,6 @@ class Dead(msgspec.Struct, array_like=True, frozen=True, gc=False):
     subscriber: str
     batch: Batch
     """Of these events alone."""
-    epoch: int
     body: bytes
     """An array of their pickles; empty if the one is a blob."""
     reason: str

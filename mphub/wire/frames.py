@@ -39,7 +39,7 @@ MAX_EVENTS: Final = 8192
 """Events in one frame: half a board, so that a whole frame always fits one subscriber's credit."""
 
 # publisher -> router
-HELLO_PUBLISHER, BATCH, REPLIES_TAKEN, BYE = 1, 2, 3, 4
+HELLO_PUBLISHER, BATCH, REPLIES_TAKEN = 1, 2, 3
 # router -> publisher
 CONFIRM, HOLD, REPLY, CLOSED = 10, 11, 12, 13
 # subscriber -> router
@@ -53,7 +53,7 @@ PART = 50
 MORE, LAST = b"+", b"."
 
 WIRE_KINDS: Final = frozenset(
-    {HELLO_PUBLISHER, BATCH, REPLIES_TAKEN, BYE, CONFIRM, HOLD, REPLY, CLOSED, HELLO_SUBSCRIBER, READY, REPORT}
+    {HELLO_PUBLISHER, BATCH, REPLIES_TAKEN, CONFIRM, HOLD, REPLY, CLOSED, HELLO_SUBSCRIBER, READY, REPORT}
     | {DELIVER, REPORT_CONFIRM, STOP, WELCOME, HELLO_CONTROL, CALL, ANSWER, PUSH, PART}
 )
 

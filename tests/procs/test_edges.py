@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from mphub import DeadLettersLeft, EventHub, HubError, Inbox, InvalidOption, Retry, Stop, Subscriber, Subscription, current_event
+from mphub.procs import fork
 from tests.faults.test_deaths import WITH_PACKAGE
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
@@ -130,8 +131,19 @@ with hub:
     assert k.statistics().handled == 12, k.statistics()
 os.write(int(sys.argv[1]), b"fine")
 """
+REAPS_ALL = """
+import threading, time
+def reap():
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            time.sleep(0.001)
+threading.Thread(target=reap, daemon=True).start()
+"""
 ODDITIES = {
     "SIGCHLD ignored": "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+    "reaps all children": REAPS_ALL,
     "signals blocked": "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD, signal.SIGABRT})",
     "no stdout": "os.close(1); sys.stdout = None",
     "no standard streams": "os.closerange(0, 3); sys.stdin = sys.stdout = sys.stderr = None",
@@ -324,3 +336,14 @@ def test_a_failures_letter_has_pid_and_memory() -> None:
     (letter,) = hub.dead_letters()
     assert letter.pid == pid
     assert 1 << 20 < (letter.rss or 0) < 1 << 32
+
+
+def test_short_stops_are_not_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    frost, state = fork.Frost(), ["S"]
+    monkeypatch.setattr(fork, "stat_fields", lambda pid: state)
+    looks = [(0, "T"), (1, "T"), (8, "T"), (9, "T"), (10, "S"), (11, "T"), (12, "T"), (14, "T"), (16, "T"), (17, "T")]
+    found = []
+    for now, letter in looks:
+        state[0] = letter
+        found.append(frost.lasts(1, now))
+    assert found == [False] * 8 + [True, True]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import mphub
-from mphub import EventHub, InvalidOption, PayloadError, current_event
+from mphub import EventHub, Inbox, InvalidOption, PayloadError, Stop, Subscriber, current_event
+from mphub.store.blobs import Blobs
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
@@ -195,3 +200,135 @@ def test_a_dead_letter_gives_its_array() -> None:
         hub.redrive()
         hub.drain(20)
     assert hub.dead_letters()[0].payload[0].sum() == 4999950000
+
+
+@pytest.mark.parametrize("size", range(65_500, 65_545, 4))
+def test_outputs_of_every_size_around_the_bound_arrive(size: int, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    hub = EventHub()
+    hub.subscribe("in", lambda n: mphub.publish("out", b"x" * n), name="in")
+    hub.subscribe("out", lambda data: note(log, len(data)), name="out")
+    with hub:
+        for n in range(size, size + 4):
+            hub.publish("in", n)
+    assert lines(log) == [str(n) for n in range(size, size + 4)]
+
+
+def test_large_payloads_beside_small_ones_from_many_threads(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    hub = EventHub()
+    counts = [hub.subscribe(key, lambda data: None, name=key) for key in ("big", "small")]
+    array = numpy.zeros(9_000)
+    with hub:
+        threads = [
+            threading.Thread(target=lambda key=key, data=data: [hub.publish(key, data) for _ in range(3000)])
+            for key, data in (("big", array), ("small", 1), ("big", array), ("small", "x" * 1000))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        hub.drain(30)
+        assert [each.statistics().handled for each in counts] == [6000, 6000]
+
+
+def test_an_interrupt_while_a_large_payload_is_written_leaves_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    numpy = pytest.importorskip("numpy")
+    hub = EventHub()
+    k = hub.subscribe("k", lambda data: None, name="k")
+    real = Blobs.write
+
+    def interrupted(self: Blobs, data: Any) -> str:
+        real(self, data)
+        raise KeyboardInterrupt
+
+    with hub:
+        hub.publish("k", 1, confirm=True)
+        monkeypatch.setattr(Blobs, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            hub.publish("k", numpy.zeros(20_000))
+        monkeypatch.undo()
+        hub.publish("k", 2)
+        hub.publish("k", numpy.zeros(20_000))
+        hub.drain(20)
+        assert k.statistics().handled == 3
+
+
+def test_thousands_of_arrays_can_be_kept(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    log = tmp_path / "log"
+    hub = EventHub()
+
+    class Keep(Subscriber[Any, int]):
+        def setup(self) -> None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+            self.all: list[Any] = []
+
+        def handle(self, payload: Any) -> int:
+            self.all.append(payload)
+            return int(sum(array[0] for array in self.all)) if len(self.all) == 500 else 0
+
+        def teardown(self) -> None:
+            note(log, len(self.all))
+
+    hub.subscribe("k", Keep, name="k")
+    hub.subscribe("ask", lambda n: numpy.full(20_000, n), name="ask")
+    before = len(os.listdir("/proc/self/fd"))
+    with hub:
+        answers = list(hub.map("ask", range(300)))
+        assert len(os.listdir("/proc/self/fd")) < before + 30
+        assert [answer[-1] for answer in answers] == list(range(300))
+        hub.publish_batch("k", (numpy.ones(20_000) for _ in range(500)))
+        hub.drain(30)
+    assert lines(log) == ["500"]
+
+
+def test_letters_of_a_large_transaction_cost_the_router_little(tmp_path: Path) -> None:
+    hub = EventHub(check=False, stop=Stop(ask=0.1, term=0.1))
+    full = hub.subscribe("full", time.sleep, name="full", inbox=Inbox(maxsize=1, overflow="dead_letter"))
+    hub.subscribe("ask", lambda n: n, name="ask")
+    with hub:
+        hub.publish("full", 3600)
+        hub.request("ask", 1).result(10)
+        with hub.transaction() as together:
+            for n in range(20_000):
+                together.publish("full", "x" * 10 + str(n))
+        began = time.monotonic()
+        assert hub.request("ask", 2).result(10) == 2
+        assert time.monotonic() - began < 5, "it was most of a minute when each letter read the file anew"
+        assert full.statistics().dead == 20_000
+        letters = hub.dead_letters("full")
+        assert [letter.payload for letter in letters[::4000]] == ["x" * 10 + str(n) for n in range(0, 20_000, 4000)]
+        hub.stop(drain=False)
+
+
+def test_a_refused_payload_leaves_no_file() -> None:
+    hub = EventHub()
+    blobs = Path(hub._address.folder) / "blobs"
+    hub.subscribe("k", len, name="k")
+    with hub:
+        for _ in range(3):
+            with pytest.raises(mphub.NoSubscriber):
+                hub.publish("nobody", bytes(100_000), confirm=True)
+        hub.publish("k", b"", confirm=True)
+        assert eventually(lambda: not list(blobs.iterdir()), 5)
+
+
+@pytest.mark.parametrize("engine", ["process", "inline"])
+def test_a_transaction_in_a_handler_is_whole_or_not_at_all(engine: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    hub = EventHub(engine=engine, max_bytes="32MB")
+
+    def handle(n: int) -> None:
+        try:
+            with hub.transaction() as together:
+                for data in (b"", bytes(30_000_000), b""):
+                    together.publish("out", data)
+        except PayloadError:
+            mphub.publish("out", b"refused")
+
+    hub.subscribe("in", handle, name="in")
+    hub.subscribe("out", lambda data: note(log, data.decode()), name="out")
+    with hub:
+        hub.publish("in", 1)
+    assert lines(log) == ["refused"]
