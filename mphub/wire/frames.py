@@ -279,8 +279,6 @@ class Call(Wire, frozen=True):
 class Answer(Wire, frozen=True):
     id: int
     result: Any = None
-    error: str | None = None
-    """Name of the error class; ``result`` is then its message."""
 
 
 class Push(Wire, frozen=True):

@@ -66,13 +66,17 @@ import multiprocessing
 from mphub.connection import Connection
 
 lock = multiprocessing.get_context("fork").Lock()
-send = Connection._send
+write_file, write = Connection._write_file, Connection._write
 
-def send_alone(self, **options):
+def write_file_alone(self, data):
     with lock:
-        return send(self, **options)
+        return write_file(self, data)
 
-Connection._send = send_alone
+def write_alone(self):
+    with lock:
+        write(self)
+
+Connection._write_file, Connection._write = write_file_alone, write_alone
 """
 PLANTS = {
     "blocking send in the router": (BLOCKING_SEND, "test_stuck.py::test_one_that_is_frozen_with_much_to_read_is_not_waited_for"),
