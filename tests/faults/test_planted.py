@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers import eventually
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(120)]
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "MPHUB_TEST_PLANT"
 
@@ -101,6 +101,8 @@ def run_with(plant: str, test: str, folder: Path) -> tuple[int, str]:
             [*command, f"tests/faults/{test}"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
         )
         return found.returncode, found.stdout
+    except subprocess.TimeoutExpired:
+        return 1, "1 failed: it has not ended after 60 s"
     finally:
         end_what_is_left(str(folder))
 
