@@ -454,11 +454,11 @@ class Connection:
     def end(self, reason: MphubError) -> None:
         """Let everything that waits end with an error."""
         with self._lock:
+            lost = self.unconfirmed if self._ended is None else 0
             if self._ended is None:
                 self._ended = reason
             replies, self._replies = self._replies, {}
-            lost, line = self.unconfirmed, self._line
-            self._unconfirmed.clear()
+            line = self._line
             self._changed.notify_all()
         for reply in replies.values():
             if not reply.done():

@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from mphub import DeadLettersLeft, EventHub, HubError, Inbox, InvalidOption, Retry, Stop, Subscriber, Subscription, current_event
+from mphub import DeadLettersLeft, EventHub, HubClosed, HubError, Inbox, InvalidOption, Retry, Stop, Subscriber, Subscription, current_event
+from mphub.connection import connection_to
 from mphub.procs import fork
 from tests.faults.test_deaths import WITH_PACKAGE
 from tests.helpers import eventually
@@ -347,3 +348,20 @@ def test_short_stops_are_not_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
         state[0] = letter
         found.append(frost.lasts(1, now))
     assert found == [False] * 8 + [True, True]
+
+
+def test_what_is_unconfirmed_when_the_hub_ends_was_not_accepted(caplog: pytest.LogCaptureFixture) -> None:
+    hub = EventHub()
+    hub.subscribe("k", len, name="k")
+    with hub:
+        hub.publish("k", b"", confirm=True)
+        router = hub.statistics().pids["router"]
+        os.kill(router, signal.SIGSTOP)
+        hub.publish("k", b"")
+        connection = connection_to(hub._address)
+        connection.end(HubClosed("it stops"))
+        with pytest.raises(HubClosed, match="it stops"):
+            connection.flush(5)
+        os.kill(router, signal.SIGCONT)
+        hub.stop(drain=False)
+    assert "1 frames that this process published were not accepted (it stops)" in caplog.text
