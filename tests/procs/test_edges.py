@@ -365,3 +365,31 @@ def test_what_is_unconfirmed_when_the_hub_ends_was_not_accepted(caplog: pytest.L
         os.kill(router, signal.SIGCONT)
         hub.stop(drain=False)
     assert "1 frames that this process published were not accepted (it stops)" in caplog.text
+
+
+def test_a_flush_does_not_wait_for_the_answer_to_a_request() -> None:
+    hub = EventHub()
+    k: Subscription[float, float] = hub.subscribe("k", slowly, name="k")
+    with hub:
+        reply = k.request(2.0)
+        began = time.monotonic()
+        hub.flush()
+        assert time.monotonic() - began < 1.0, "a request's confirm waits for its reply a few milliseconds, no longer"
+        assert not reply.done()
+        assert reply.result(10) == 2.0
+
+
+def slowly(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def test_answers_of_many_kilobytes_keep_coming_though_they_are_acknowledged_together() -> None:
+    hub = EventHub()
+    k: Subscription[int, bytes] = hub.subscribe("k", bytes, name="k")
+    with hub:
+        sizes = [size for _ in range(20) for size in (0, 10, 50_000, 63_000, 70_000, 200_000)]
+        assert [len(answer) for answer in k.map(sizes)] == sizes
+        os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+        assert [len(answer) for answer in k.map(sizes)] == sizes
+        assert eventually(lambda: not list(Path(hub._address.folder, "blobs").iterdir()), 5)
