@@ -16,12 +16,12 @@ from pickle import dumps
 from typing import Any
 
 import msgspec
-import psutil
 
 from mphub import failpoints
 from mphub.core.keys import check_key, check_name, matches
 from mphub.errors import DrainTimeout, HubClosed, HubError, MphubError, NoSubscriber, PayloadError
 from mphub.events import EventId, Topic, str_of
+from mphub.reader import Dialer, Reader
 from mphub.reply import Reply, failure_of
 from mphub.store.blobs import Blobs
 from mphub.wire import codec, frames
@@ -34,7 +34,6 @@ from mphub.wire.frames import (
     Batch,
     Confirm,
     Extra,
-    HelloPublisher,
     Hold,
     RepliesTaken,
     decoder,
@@ -56,8 +55,6 @@ MANY = 32
 MANY_TAKEN = 32
 """Replies that wait for a frame to be told with: each frame of its own costs the router a turn."""
 BATCH_BYTES = 60 << 10
-SILENCE = 10.0
-"""Seconds without any answer after which a hub counts as gone."""
 Mode = tuple[str | None, bool, int]
 """(target, is a request, epoch): what all events of a frame have in common."""
 PLAIN: Mode = (None, False, 0)
@@ -102,14 +99,12 @@ class Connection:
         """Begin anew: in a forked child everything here is the parent's."""
         self.id = int.from_bytes(os.urandom(8), "big")
         self._base = self.id << 40
-        self._pid = os.getpid()
-        self._born = 0.0
-        """When this process was; asked once, as that takes a descriptor."""
+        self._dialer = Dialer(self.address, self.id)
         self._lock = threading.RLock()  # of an owner: an interrupted wait must not release another thread's
         self._is_mine = self._lock._is_owned  # type: ignore[attr-defined]  # as Condition uses it
         self._changed = threading.Condition(self._lock)
         self._line: Line | None = None
-        self._thread: threading.Thread | None = None
+        self._reader: Reader | None = None
         self._blobs = Blobs(f"{self.address.folder}/blobs", self.id)
         self._sequence = self._written = 0
         """The last frames that were made and that were sent."""
@@ -129,6 +124,8 @@ class Connection:
         """Frames whose refusals are for those who wait for just them."""
         self._held: list[str] = []
         self._replies: dict[int, Reply[object]] = {}
+        self._followed: set[int] = set()
+        """Those that somebody waits for who does not read."""
         self._taken: list[int] = []
         """Replies that the router may forget; told with the next frame, or when they are many or large."""
         self._taken_bytes = 0
@@ -192,7 +189,7 @@ class Connection:
         reply: Reply[object] = Reply()
         with self._enter():
             number = self._add(key, data, None, (target, True, 0), reply)
-        reply.id = EventId(self._base + number)
+        reply.id, reply._reader = EventId(self._base + number), self._reader
         return reply
 
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> int:
@@ -239,7 +236,7 @@ class Connection:
         ``strict``: at once, in a frame of its own, which is refused if nobody subscribes.
         """
         codec.check_size(data, self.address.largest)
-        if self._thread is None or self._mode != mode or self._ended is not None:
+        if self._reader is None or self._mode != mode or self._ended is not None:
             self._ready(mode)
         while self._held and self._is_held(key):
             self._wait_released(key)
@@ -308,7 +305,7 @@ class Connection:
     def _ready(self, mode: Mode) -> None:
         if self._ended is not None:
             raise self._ended
-        if self._thread is None:
+        if self._reader is None:
             self._connect()
         if self._mode != mode:
             self._send()
@@ -348,6 +345,8 @@ class Connection:
         self._events, self._runs, self._key, self._extras, self._size = [], [], None, {}, 0
         failpoints.hit("publisher.batched")
         self._write()
+        if not reply and self._reader is not None:
+            self._reader.stir()  # its confirm lets the next one go
         return sequence
 
     def _write_file(self, data: bytes | Parts) -> str:
@@ -397,7 +396,7 @@ class Connection:
         Raises DrainTimeout, HubClosed, or what a frame was refused for.
         """
         with self._enter():
-            if self._thread is None:
+            if self._reader is None:
                 return
             sequence = self._send()
             self._wait_confirmed(sequence, timeout)
@@ -441,7 +440,7 @@ class Connection:
 
     def close(self, timeout: float = LAST_FLUSH) -> None:
         """Flush, and end the connection; what could not be sent is logged."""
-        if self._pid != os.getpid() or self._thread is None:
+        if self._dialer.pid != os.getpid() or self._reader is None:
             return
         try:
             if self._ended is None:
@@ -468,61 +467,15 @@ class Connection:
         if line is not None:
             shut(line.sock)
 
-    # -- the reader
+    # -- what the reader brings
 
     def _connect(self) -> None:
         """Open the stream and start its reader; with the lock held."""
-        self._line = self._first_hello()
+        self._line = self._dialer.dial_first()
         mp_util.Finalize(self, _last_flush, args=(weakref.ref(self),), exitpriority=20)  # atexit does not run in forked children
-        self._thread = threading.Thread(target=self._run, name="mphub-publisher", daemon=True)
-        self._thread.start()
+        self._reader = Reader(self, self._dialer, self._line)
 
-    def _first_hello(self) -> Line:
-        """Say hello; wait while the hub is between two routers or two supervisors.
-
-        Raises HubClosed.
-        """
-        deadline = time.monotonic() + SILENCE
-        while True:
-            try:
-                return self._hello()
-            except OSError as error:
-                gone = isinstance(error, FileNotFoundError | ConnectionError)
-                if not gone or not self._hub_lives() or time.monotonic() > deadline:
-                    what = "is not running: start it first" if gone else "cannot be reached"
-                    raise HubClosed(f"hub {self.address.name!r} {what} ({error.strerror})") from None
-            time.sleep(0.01)
-
-    def _hub_lives(self) -> bool:
-        """Say whether there is a hub at all: a stopped one has no folder."""
-        return os.path.exists(self.address.folder) and is_alive(self.address.pid, self.address.started)
-
-    def _hello(self) -> Line:
-        if not self._born:
-            self._born = psutil.Process().create_time()
-        line = Line.connect(self.address.data)
-        line.send(frames.HELLO_PUBLISHER, encode(HelloPublisher(self.address.token, self.id, self._pid, self._born)))
-        failpoints.hit("publisher.met")
-        return line
-
-    def _run(self) -> None:
-        """Read until the connection ends; whatever ends it, nobody waits for ever."""
-        try:
-            self._read()
-        except BaseException as error:
-            self.end(HubClosed(f"this process's connection to hub {self.address.name!r} failed: {type(error).__name__}: {error}"))
-            raise
-
-    def _read(self) -> None:
-        pid, line = self._pid, self._line
-        while line is not None and pid == os.getpid():
-            got = line.receive()
-            if got is None:
-                line = self._reconnect(line)
-                continue
-            self._take(line, *got)
-
-    def _take(self, line: Line, kind: int, header: bytes, _: bytes) -> None:
+    def take(self, line: Line, kind: int, header: bytes, _: bytes) -> None:
         if kind == frames.CONFIRM:
             self._confirmed(_confirm.decode(header))
         elif kind == frames.REPLY:
@@ -555,11 +508,12 @@ class Connection:
             self._send()
 
     def _answered(self, line: Line, reply: frames.Reply) -> None:
-        with self._lock:
-            future = self._replies.pop(reply.number, None)
-        if future is not None and future.set_running_or_notify_cancel():
+        future = self._replies.get(reply.number)
+        if future is not None and is_wanted(future):
             settle_reply(future, reply, self._blobs)
         with self._lock, contextlib.suppress(OSError):
+            self._replies.pop(reply.number, None)  # not before it is settled: an interrupt in between lets it come again
+            self._followed.discard(reply.number)
             self._taken.append(reply.number)
             self._taken_bytes += len(reply.body)
             if reply.blob is not None or len(self._taken) >= MANY_TAKEN or self._taken_bytes >= BLOB_MIN:
@@ -569,53 +523,38 @@ class Connection:
         taken, self._taken, self._taken_bytes = self._taken, [], 0
         return frames.frame(frames.REPLIES_TAKEN, encode(RepliesTaken(taken)))
 
-    def _reconnect(self, old: Line) -> Line | None:
-        """Connect again for as long as the hub lives; resend what is unconfirmed."""
-        old.close()
+    def lose_line(self) -> None:
+        """Send nothing for now: the reader looks for another stream."""
         with self._lock:
             self._line = None
-        deadline = time.monotonic() + SILENCE
-        while self._ended is None:
-            try:
-                line = self._hello()
-                first = self._first_answer(line)
-            except OSError:  # nobody holds the listening socket: between two supervisors
-                if not self._hub_lives() or time.monotonic() > deadline:
-                    break
-                time.sleep(0.01)
-                continue
-            if first:
-                with self._lock:
-                    self._line, self._written = line, 0
-                    self._write()
-                return line
-            line.close()
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
-        self.end(HubClosed(f"hub {self.address.name!r} is gone"))
-        return None
 
-    def _first_answer(self, line: Line) -> bool:
-        """Take what a router says first, up to its confirm; say whether one reads this stream."""
-        line.sock.settimeout(SILENCE)  # no MSG_DONTWAIT is used on it while it is timed
-        try:
-            while (got := line.receive()) is not None:
-                self._take(line, *got)
-                if got[0] == frames.CONFIRM:
-                    return True
-            return False
-        finally:
-            line.sock.settimeout(None)
+    def adopt_line(self, line: Line) -> None:
+        """Go on with another stream, and send all that is unconfirmed."""
+        with self._lock:
+            self._line, self._written = line, 0
+            self._write()
+
+    @property
+    def is_over(self) -> bool:
+        return self._ended is not None
+
+    # -- who waits for replies
+
+    def follow(self, reply: Reply[Any]) -> None:
+        """Note that somebody waits for a reply who does not read."""
+        with self._lock:
+            if reply.id.number in self._replies:
+                self._followed.add(reply.id.number)
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Say whether what the stream brings is wanted though nobody waits for it by reading."""
+        return bool(self._followed or self._events)
 
 
-def is_alive(pid: int, started: float) -> bool:
-    """Say whether that very process lives (numbers are reused)."""
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 0.5 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+def is_wanted(future: Reply[object]) -> bool:
+    """Say whether a reply has yet to be settled, and forbid to cancel it from now on."""
+    return future.running() or (not (future.done() and not future.cancelled()) and future.set_running_or_notify_cancel())
 
 
 def settle_reply(future: Reply[object], reply: frames.Reply, blobs: Blobs) -> None:

@@ -7,7 +7,7 @@ import concurrent.futures
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
@@ -23,6 +23,9 @@ from mphub.errors import (
 )
 from mphub.events import EventId
 
+if TYPE_CHECKING:
+    from mphub.reader import Reader
+
 R = TypeVar("R")
 AHEAD = 64
 """Requests that ``map`` has under way before the consumer takes a result."""
@@ -36,6 +39,22 @@ class Reply(concurrent.futures.Future[R]):
     """
 
     id: EventId
+    _reader: Reader | None = None
+    """What reads the stream that it comes by; who waits for it may do that too."""
+
+    def result(self, timeout: float | None = None) -> R:
+        return super().result(self._read(timeout))
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        return super().exception(self._read(timeout))
+
+    def _read(self, timeout: float | None) -> float | None:
+        return timeout if self._reader is None or self.done() else self._reader.read_for(self, timeout)
+
+    def add_done_callback(self, fn: Callable[[concurrent.futures.Future[R]], object]) -> None:
+        super().add_done_callback(fn)
+        if self._reader is not None and not self.done():
+            self._reader.hand_back(self)
 
     def __await__(self) -> Generator[Any, None, R]:
         return asyncio.wrap_future(self).__await__()

@@ -17,7 +17,7 @@ LAYERS = (
     {"wire", "core"},
     {"store"},
     {"observe"},
-    {"publisher", "subscriber", "reply", "connection"},
+    {"publisher", "subscriber", "reply", "reader", "connection"},
     {"procs"},
     {"hub", "engine", "registry", "subscribing", "subscription"},
     {"cli", "ext", "testing"},

@@ -39,8 +39,7 @@ class Desk:
                 stream.send(frames.PUSH, frame)
 
     def flush(self) -> None:
-        for stream in self.clients:
-            stream.flush_or_watch(self.selector)
+        self.door.flush()
 
     def _accept(self) -> None:
         for stream in self.door.accept():

@@ -31,6 +31,8 @@ class Door:
     def __init__(self, listener: socket.socket, selector: selectors.BaseSelector, data: object, tell: Callable[[str], None]) -> None:
         self.listener, self.selector, self.data, self.tell = listener, selector, data, tell
         self.strangers: dict[Stream, float] = {}
+        self.unsent: set[Stream] = set()
+        """Streams to which something has been written that may not be sent yet."""
         self._opens_at: float | None = None
         self._told = False
         listener.setblocking(False)
@@ -43,7 +45,7 @@ class Door:
                 self._check_reserve()
                 sock, _ = self.listener.accept()
                 if peer_uid(sock) == os.geteuid():
-                    stream = Stream(sock)
+                    stream = Stream(sock, self.unsent)
                     self.strangers[stream] = time.monotonic()
                     yield stream
                 else:
@@ -83,6 +85,11 @@ class Door:
         """It has said who it is, or is gone."""
         self.strangers.pop(stream, None)
 
+    def flush(self) -> None:
+        """Write what waits, as far as the others read it."""
+        for stream in list(self.unsent):
+            stream.flush_or_watch(self.selector)
+
     def overdue(self) -> list[Stream]:
         """Open again if it is time; return who has been silent for too long."""
         now = time.monotonic()
@@ -94,7 +101,9 @@ class Door:
     def waits(self) -> list[float]:
         """Return after how many seconds there is something to do here, if so."""
         now = time.monotonic()
+        return [max(0.0, at - now) for at in self.due()]
+
+    def due(self) -> list[float]:
+        """Return when (by the monotonic clock) there is something to do here, if so."""
         times = [since + HELLO_WITHIN for since in self.strangers.values()][:1]  # the first is the oldest
-        if self._opens_at is not None:
-            times.append(self._opens_at)
-        return [max(0.0, at - now) for at in times]
+        return times if self._opens_at is None else [*times, self._opens_at]

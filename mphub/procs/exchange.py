@@ -6,8 +6,7 @@ The router drives it with streams, the inline engine with plain calls.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -25,7 +24,7 @@ from mphub.procs.recovery import recover
 from mphub.procs.room import Room
 from mphub.store.blobs import Blobs, References
 from mphub.store.board import Board
-from mphub.store.journal import Counters, Keeper, Progress, Single, Stored, SubscriberState
+from mphub.store.journal import Counters, Keeper, Progress, Single, Stored, SubscriberState, Turn
 from mphub.wire.frames import Batch, Failure, ReplyRow, Report, decoder, encode, join, split, views
 from mphub.wire.specs import Spec
 
@@ -83,6 +82,7 @@ class Exchange:
         self._dirty_publishers: set[int] = set()
         self._dirty_frames: set[int] = set()
         self._meta: tuple[int, int, int] = (0, 0, 0)
+        self._turn = Turn(self)
         with journal.turn():
             recover(self)
         for box in self.boxes.values():
@@ -90,20 +90,29 @@ class Exchange:
 
     # -- a turn
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self) -> Turn:
         """Commit all that happens inside in one transaction; remove ended blobs afterwards."""
-        with self.journal.turn():
-            yield
-            if self.room.is_needed():
-                self.room.relieve()
-            self._write_dirty()
-            if self.room.is_needed():
-                self.room.compact()
-            if self.references.ended:  # for a router that dies before it has removed them
-                self.journal.put("meta", b"ended", encode(self.references.ended))
+        return self._turn
+
+    def begin(self) -> None:
+        self.journal.begin()
+
+    def abort(self) -> None:
+        self.journal.abort()
+
+    def commit(self) -> None:
+        lacks_room = self.room.is_needed()
+        if lacks_room:
+            self.room.relieve()
+        self._write_dirty()
+        if lacks_room:
+            self.room.compact()
+        if self.references.ended:  # for a router that dies before it has removed them
+            self.journal.put("meta", b"ended", encode(self.references.ended))
+        self.journal.commit()
         failpoints.hit("router.sweeping")
-        self.references.sweep()
+        if self.references.ended:
+            self.references.sweep()
 
     def _write_dirty(self) -> None:
         for box, portions in self._dirty.items():
@@ -236,7 +245,7 @@ class Exchange:
             return None
         self.sequences[batch.publisher] = batch.sequence
         self._dirty_publishers.add(batch.publisher)
-        refused = self._refusal(batch)
+        refused = self._refusal(batch) if batch.strict or batch.blob is not None else None
         if refused is None:
             self.take_in(batch, header, body, batch.epoch or self.epoch)
         else:
@@ -526,6 +535,10 @@ class Exchange:
         if self.room.is_busy:
             return 0.0
         return min((box.delayed[0][0] for box in self.boxes.values() if box.delayed), default=None)
+
+    def is_due(self, now: float) -> bool:
+        due = self.next_due()
+        return due is not None and due <= now
 
     def wake(self, now: float) -> None:
         """Put delayed events whose time has come to the front of their inboxes."""

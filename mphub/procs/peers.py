@@ -8,6 +8,9 @@ from mphub.store.board import Board
 from mphub.wire.frames import MAX_TOGETHER, Batch, HelloPublisher, ProtocolError, join, split
 from mphub.wire.stream import Stream
 
+CONFIRM_EVERY = 8
+"""Reports after which a subscriber is confirmed without a delivery to ride on."""
+
 
 class PublisherPeer:
     """A publisher at the other end of a stream."""
@@ -28,7 +31,20 @@ class PublisherPeer:
 class Seat:
     """An incarnation of a subscriber, as the supervisor announced it."""
 
-    __slots__ = ("awaited", "board", "box", "fenced", "incarnation", "met", "ready", "stopping", "stream", "told", "unconfirmed")
+    __slots__ = (
+        "awaited",
+        "board",
+        "box",
+        "fenced",
+        "incarnation",
+        "met",
+        "patience",
+        "ready",
+        "stopping",
+        "stream",
+        "told",
+        "unconfirmed",
+    )
 
     def __init__(self, incarnation: int, box: Mailbox, board: Board) -> None:
         self.incarnation, self.box, self.board = incarnation, box, board
@@ -39,7 +55,8 @@ class Seat:
         """Nothing from it counts any more: it is to be ended."""
         self.ready = False
         self.stopping = False
-        self.unconfirmed = 0
+        self.unconfirmed, self.patience = 0, CONFIRM_EVERY
+        """Reports that it has not been told of, and how many of them may wait for a delivery to ride on."""
         self.told = 0
         self.awaited = 0
         """A report before which nothing is handed out: it may put an event before all others."""

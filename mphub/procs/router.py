@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import selectors
 import socket
@@ -14,7 +15,6 @@ from typing import Any
 import msgspec
 
 from mphub import failpoints
-from mphub.connection import is_alive
 from mphub.core.delivery import Held
 from mphub.errors import JournalError
 from mphub.observe.limiter import Limiter
@@ -25,6 +25,7 @@ from mphub.procs.exchange import SETTLED, Exchange
 from mphub.procs.letters import Cause
 from mphub.procs.mailbox import LASTING
 from mphub.procs.peers import PublisherPeer, Seat, body_of, check_batch, running_of, unpack_ids
+from mphub.reader import is_alive
 from mphub.store.blobs import ROOM_EVERY, Blobs
 from mphub.store.board import COMMITTED, Board
 from mphub.store.journal import Journal
@@ -54,8 +55,6 @@ MAX_UNREAD = 1 << 20
 """Bytes of replies under way to one requester."""
 MAX_AHEAD = 512 << 10
 """Bytes of deliveries that wait for a subscriber's socket."""
-CONFIRM_EVERY = 8
-"""Reports after which a subscriber is confirmed without a delivery to ride on."""
 ENOUGH_FRAMES = 256
 WITH_REPLY = 0.005
 """Seconds that the confirm of a request waits for the reply."""
@@ -77,25 +76,28 @@ class Router:
         self.folder, self.token = folder, token
         self.blobs = Blobs(folder / "blobs")
         self.selector = selectors.DefaultSelector()
-        self.link = Stream(link)
+        self.door = Door(listener, self.selector, None, lambda message: self._push("log", level="error", message=message))
+        self.link = Stream(link, self.door.unsent)
         self.held: list[str] = []
         self.exchange = Exchange(Journal(folder / "journal", max_bytes, self._wait_for_room), self.blobs, max_bytes, time.time)
         self.selector.register(link, selectors.EVENT_READ, self.link)
         failpoints.hit("router.recovered")
-        self.door = Door(listener, self.selector, None, lambda message: self._push("log", level="error", message=message))
         self.publishers: dict[int, PublisherPeer] = {}
         self.seats: dict[int, Seat] = {}
         self.arrived: dict[Stream, list[Frame]] = {}
         """What this turn has read and not handled yet."""
+        self.to_confirm: set[PublisherPeer] = set()
+        self.look_at = 0.0
+        """When to look around next, by the monotonic clock."""
         self.census_at = 0.0
         self.drains: list[tuple[int, int]] = []
         self.answers: list[Answer] = []
         self.limiter = Limiter()
         self.stopping = False
-        self.confirm_at: float | None = None
+        self.confirm_at = math.inf
         """When the first confirm is due that waits for a reply."""
         self.hub = -1
-        self.end_at: float | None = None
+        self.end_at = math.inf
         """When to end a supervisor that has not seen that the hub is dead."""
 
     def run(self) -> None:
@@ -112,30 +114,14 @@ class Router:
         except OSError:  # it is dead, or there is no descriptor
             return
 
-    def _outlive_nobody(self, ready: list[Any]) -> None:
-        """End the supervisor, and so this process and all others, some time after the hub's process."""
-        if self.hub in ready:
-            ready.remove(self.hub)
-            self.selector.unregister(self.hub)
-            self.end_at = time.monotonic() + ORPHANED
-        if self.end_at is not None and time.monotonic() >= self.end_at:
-            fork.kill(os.getppid())
-
     def turn(self, ready: list[Any]) -> None:
-        """Read, commit, then send what the commit allows."""
-        self._outlive_nobody(ready)
-        ready.sort(key=lambda stream: stream is not self.link)  # who lives and who died comes first
-        self.arrived = {stream: found for stream in ready if stream is not None and (found := self._read(stream))}
+        """Read, commit, then send what the commit allows: deliveries first, as others wait for them."""
+        self._read_all(ready)
         failpoints.hit("router.read")
-        if None in ready:
-            self._accept()
-        for stream in self.door.overdue():
-            self._drop(stream)
-        if self._someone_is_absent() and time.monotonic() >= self.census_at:
-            self._forget_the_dead()
+        if time.monotonic() >= self.look_at:
+            self._look_around(time.monotonic())
         now = time.time()
-        due = self.exchange.next_due()
-        if self.arrived or (due is not None and due <= now):
+        if self.arrived or self.exchange.is_due(now):
             with self.exchange.turn():
                 for stream in list(self.arrived):
                     self._handle_arrived(stream)
@@ -143,36 +129,64 @@ class Router:
                 failpoints.hit("router.committing")
             failpoints.hit("router.committed")
         for seat in self.seats.values():
-            if seat.box.delivery.waiting or seat.unconfirmed:
+            if seat.box.delivery.waiting or seat.unconfirmed > seat.patience:
                 self._pump(seat)
         failpoints.hit("router.delivered")
-        self._send_replies()
+        if self.exchange.letters.replies:
+            self._send_replies()
         failpoints.hit("router.replied")
-        self._confirm()
+        if self.to_confirm:
+            self._confirm()
         self._update_holds()
         failpoints.hit("router.confirmed")
         self._answer()
         failpoints.hit("router.answered")
-        self._flush()
+        if self.door.unsent:
+            self.door.flush()
+
+    def _look_around(self, now: float) -> None:
+        """Do what the clock asks for, and note when to look again."""
+        for stream in self.door.overdue():
+            self._drop(stream)
+        if self._someone_is_absent() and now >= self.census_at:
+            self._forget_the_dead()
+        if now >= self.end_at:
+            fork.kill(os.getppid())  # and so this process and all others
+        census = [self.census_at] if self._someone_is_absent() else []
+        self.look_at = min([self.end_at, *self.door.due(), *census])
 
     def _timeout(self) -> float | None:
-        waits = self.door.waits() + [max(0.0, at - time.monotonic()) for at in (self.end_at, self.confirm_at) if at is not None]
-        if self._someone_is_absent():
-            waits.append(max(0.0, self.census_at - time.monotonic()))
         due = self.exchange.next_due()
-        if due is not None:
-            waits.append(min(max(0.0, due - time.time()), LONGEST_WAIT))
-        return min(waits) if waits else None
+        at = min(self.look_at, self.confirm_at)
+        if due is None and at == math.inf:
+            return None
+        until = max(0.0, at - time.monotonic())
+        return min(until, LONGEST_WAIT) if due is None else min(until, max(0.0, due - time.time()), LONGEST_WAIT)
 
     # -- reading
+
+    def _read_all(self, ready: list[Any]) -> None:
+        """Read every stream that has something; of who lives and who died first."""
+        if len(ready) > 1:
+            ready.sort(key=lambda stream: stream is not self.link)
+        self.arrived = {}
+        for stream in ready:
+            if stream is None:
+                self._accept()
+            elif stream is self.hub:
+                self.selector.unregister(self.hub)
+                self.end_at = self.look_at = time.monotonic() + ORPHANED
+            elif found := self._read(stream):
+                self.arrived[stream] = found
 
     def _accept(self) -> None:
         for stream in self.door.accept():
             self.selector.register(stream.sock, selectors.EVENT_READ, stream)
+        self.look_at = 0.0
 
     def _read(self, stream: Stream) -> list[Frame]:
         try:
-            found = self.door.read(stream)
+            found = stream.read() if stream.peer is not None else self.door.read(stream)
         except ProtocolError as error:
             self._push("log", level="warning", message=f"a connection sent {error}: closed")
             found = None
@@ -189,29 +203,24 @@ class Router:
         with contextlib.suppress(KeyError, ValueError):
             self.selector.unregister(stream.sock)
         self.door.welcome(stream)
+        self.look_at = 0.0
         peer = stream.peer
         if isinstance(peer, Seat) and peer.stream is stream:
             peer.stream = None
         if isinstance(peer, PublisherPeer) and self.publishers.get(peer.hello.publisher) is peer:
             del self.publishers[peer.hello.publisher]
+            self.to_confirm.discard(peer)
         stream.close()
 
     def _handle_arrived(self, stream: Stream) -> None:
-        for frame in self.arrived.pop(stream, ()):
-            self._handle_safely(stream, frame)
-
-    def _handle_safely(self, stream: Stream, frame: Frame) -> None:
-        """A malformed frame ends its own connection only."""
-        try:
-            self._handle(stream, *frame)
-        except (*UNREADABLE, OSError) as error:
-            self._push(
-                "log",
-                level="warning",
-                message=f"a frame of kind {frame[0]} cannot be read ({error}): connection closed",
-            )
-            stream.out.clear()
-            shut(stream.sock)
+        """Handle what a stream brought; a malformed frame ends its own connection only."""
+        for kind, header, body in self.arrived.pop(stream, ()):
+            try:
+                self._handle(stream, kind, header, body)
+            except (*UNREADABLE, OSError) as error:
+                self._push("log", level="warning", message=f"a frame of kind {kind} cannot be read ({error}): connection closed")
+                stream.out.clear()
+                shut(stream.sock)
 
     def _handle(self, stream: Stream, kind: int, header: bytes, body: bytes) -> None:
         peer = stream.peer
@@ -237,6 +246,7 @@ class Router:
         last = self.exchange.meet(hello.publisher, hello.pid, hello.started)
         peer = stream.peer = PublisherPeer(stream, hello, last)
         self.publishers[hello.publisher] = peer
+        self.to_confirm.add(peer)
         stream.send(frames.HOLD, encode(Hold(self.held)))  # also if nothing is held: its last router may have said otherwise
         for reply in self.exchange.letters.unanswered(hello.publisher):
             self.exchange.letters.replies.setdefault(hello.publisher, []).append(reply)
@@ -253,6 +263,7 @@ class Router:
             elif peer.sequence == peer.told:
                 peer.confirm_at = time.monotonic() + WITH_REPLY
             peer.sequence = max(peer.sequence, batch.sequence)
+            self.to_confirm.add(peer)
         elif kind == frames.BATCH:
             return  # it is told that the hub stops, not that this was accepted
         elif kind == frames.REPLIES_TAKEN:
@@ -278,22 +289,19 @@ class Router:
 
     def _confirm(self) -> None:
         """Confirm after the deliveries: a confirm can wait, a round trip cannot."""
-        self.confirm_at = None
-        for peer in self.publishers.values():
-            if peer.refused or (peer.sequence != peer.told and not self._waits_for_reply(peer)):
+        now, self.confirm_at = time.monotonic(), math.inf
+        for peer in list(self.to_confirm):
+            if peer.confirm_at > now and not peer.refused:
+                self.confirm_at = min(self.confirm_at, peer.confirm_at)
+                continue
+            self.to_confirm.discard(peer)
+            if peer.refused or peer.sequence != peer.told:
                 peer.told = peer.sequence
                 peer.stream.put(frames.CONFIRM, encode(Confirm(peer.sequence, peer.refused)))
                 peer.refused = []
             if self.exchange.closed and not peer.dismissed:
                 peer.dismissed = True
                 peer.stream.send(frames.CLOSED)
-
-    def _waits_for_reply(self, peer: PublisherPeer) -> bool:
-        """Say whether a confirm may come with the reply: one wake-up less at the other end."""
-        if not peer.confirm_at or peer.confirm_at <= time.monotonic():
-            return False
-        self.confirm_at = min(self.confirm_at or peer.confirm_at, peer.confirm_at)
-        return True
 
     def _send_replies(self) -> None:
         replies = self.exchange.letters.replies
@@ -306,7 +314,7 @@ class Router:
                     peer.behind = True
                 else:
                     peer.stream.put(frames.REPLY, encode(reply))
-                    peer.confirm_at = 0.0
+                    peer.confirm_at = 0.0  # one wake-up less at the other end than if it came by itself
 
     def _update_holds(self) -> None:
         held = self.exchange.held_patterns()
@@ -369,7 +377,7 @@ class Router:
         if seat.may_take():
             while len(stream.out) < MAX_AHEAD and (held := seat.box.delivery.take()) is not None:
                 self._hand_out(seat, stream, held)
-        if seat.unconfirmed > CONFIRM_EVERY or (seat.stopping and seat.unconfirmed):
+        if seat.unconfirmed > seat.patience:
             seat.unconfirmed = 0
             stream.send(frames.REPORT_CONFIRM, encode(seat.told))
 
@@ -421,6 +429,7 @@ class Router:
     def do_give_up(self, reason: str) -> int:
         """Take nothing more in and drop all that waits: the hub stops."""
         self.exchange.close()
+        self.to_confirm.update(self.publishers.values())
         return sum(self.exchange.drop_pending(box, reason) for box in self.exchange.boxes.values())
 
     def do_status(self, name: str, status: str) -> None:
@@ -441,7 +450,7 @@ class Router:
     def do_stop_worker(self, incarnation: int) -> None:
         seat = self.seats.get(incarnation)
         if seat is not None and not seat.stopping:
-            seat.stopping = True
+            seat.stopping, seat.patience = True, 0
             if seat.stream is not None:
                 seat.stream.send(frames.STOP)
 
@@ -549,14 +558,3 @@ class Router:
 
     def _push(self, what: str, **args: object) -> None:
         self.link.send(frames.PUSH, encode(Push(what, dict(args))))
-
-    # -- writing
-
-    def _flush(self) -> None:
-        self.link.flush_or_watch(self.selector)
-        for peer in self.publishers.values():
-            if peer.stream.is_busy:
-                peer.stream.flush_or_watch(self.selector)
-        for seat in self.seats.values():
-            if seat.stream is not None and seat.stream.is_busy:
-                seat.stream.flush_or_watch(self.selector)

@@ -10,8 +10,8 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any, Final, Protocol
 
 import lmdb
@@ -32,8 +32,11 @@ TABLES: Final = (
     "frames",
     "snapshots",
 )
-BOOKS: Final = frozenset({"meta", "subscribers", "publishers", "frames"})
-"""Tables with a row for each process or subscriber, written in every turn: small and few, they do not count as used."""
+BOOKS: Final = {"meta": b"\0m", "subscribers": b"\0s", "publishers": b"\0p", "frames": b"\0f"}
+"""Tables with a row for each process or subscriber, written in every turn: small and few, they do not count as used.
+
+Their rows stand in LMDB's main database, under these prefixes: a page of that is written in every commit anyway.
+"""
 FORMAT: Final = b"1"
 SHORTAGES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}
 
@@ -140,13 +143,42 @@ class Dead(msgspec.Struct, array_like=True, frozen=True, gc=False):
         return self.left or [(0, self.batch.count)]
 
 
-class Keeper(Protocol):
+class Lasting(Protocol):
+    """What can be changed in turns."""
+
+    def begin(self) -> None: ...
+    def commit(self) -> None: ...
+    def abort(self) -> None: ...
+
+
+class Turn:
+    """Commit all that happens inside, or nothing. A class: a generator costs three times as much, twice a round trip."""
+
+    __slots__ = ("_of",)
+
+    def __init__(self, of: Lasting) -> None:
+        self._of = of
+
+    def __enter__(self) -> None:
+        self._of.begin()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._of.abort()
+            return
+        try:
+            self._of.commit()
+        except BaseException:
+            self._of.abort()
+            raise
+
+
+class Keeper(Lasting, Protocol):
     """What the exchange asks of a journal; all calls but ``turn`` belong inside a turn."""
 
     used: int
 
-    @contextmanager
-    def turn(self) -> Iterator[None]: ...
+    def turn(self) -> Turn: ...
     def get(self, table: str, key: bytes) -> bytes | None: ...
     def put(self, table: str, key: bytes, value: bytes) -> None: ...
     def append(self, table: str, key: bytes, value: bytes) -> None: ...
@@ -156,14 +188,14 @@ class Keeper(Protocol):
 
 
 class Journal:
-    """LMDB, one named database per kind of row, one transaction per turn."""
+    """LMDB, one database per kind of row and one for all books, one transaction per turn."""
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int, wait: Callable[[], None] | None = None) -> None:
         self.folder = Path(folder)
         self._wait = wait
         """What to do before a commit that the disk has no room for is tried again (None: raise)."""
-        self._changes: list[tuple[str, bytes, bytes | None]] = []
-        """Of this turn: (table, key, value or None)."""
+        self._changes: list[tuple[Any, bytes, bytes | None]] = []
+        """Of this turn: (database, key, value or None)."""
         self._lock = lock_file(self.folder / "journal.lock")
         # no writemap: a full tmpfs would be a SIGBUS; no lock file: nobody else may open it
         self._env = lmdb.open(
@@ -174,9 +206,11 @@ class Journal:
             metasync=False,
             lock=False,
         )
-        self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
+        main = self._env.open_db(None)
+        self._tables = {name: (main, BOOKS[name]) if name in BOOKS else (self._env.open_db(name.encode()), b"") for name in TABLES}
+        """table -> (database, what its keys begin with there)."""
         self._txn: lmdb.Transaction | None = None
-        self.used = 0
+        self.used = self._before = 0
         self._check_format()
 
     def _check_format(self) -> None:
@@ -190,76 +224,85 @@ class Journal:
                 self.put("meta", b"format", FORMAT)
             self.used = sum(on_disk(value) for name in TABLES if name not in BOOKS for _, value in self.scan(name))
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Commit what happens inside, all or nothing; a full disk is waited for, not an error."""
-        before = self.used
+    def turn(self) -> Turn:
+        return Turn(self)
+
+    def begin(self) -> None:
+        self._before = self.used
         self._changes.clear()
         self._txn = self._env.begin(write=True, buffers=False)
-        try:
-            yield
-            self._commit()
-        except BaseException:
-            self._in_turn().abort()
-            self.used = before
-            raise
-        finally:
-            self._txn = None
 
-    def _commit(self) -> None:
+    def abort(self) -> None:
+        """Take back what has not been committed."""
+        txn, self._txn = self._txn, None
+        if txn is not None:
+            txn.abort()
+            self.used = self._before
+
+    def commit(self) -> None:
+        """Commit; a full disk is waited for, not an error."""
         while True:
             try:
                 self._in_turn().commit()
-                return
+                break
             except lmdb.Error as error:
                 if self._wait is None or not is_full(error):
                     raise
             self._wait()
             self._change_again()
+        self._txn = None
 
     def _change_again(self) -> None:
         """Make the changes of this turn in a new transaction: a commit that fails has thrown them away."""
         self._txn = self._env.begin(write=True, buffers=False)
-        for table, key, value in self._changes:
+        for db, key, value in self._changes:
             if value is None:
-                self._txn.delete(key, db=self._tables[table])
+                self._txn.delete(key, db=db)
             else:
-                self._txn.put(key, value, db=self._tables[table])
+                self._txn.put(key, value, db=db)
 
     def get(self, table: str, key: bytes) -> bytes | None:
-        value = self._in_turn().get(key, db=self._tables[table])
+        db, prefix = self._tables[table]
+        value = self._in_turn().get(prefix + key, db=db)
         return None if value is None else bytes(value)
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
-        self._changes.append((table, key, value))
-        if table not in BOOKS:
-            old = self._in_turn().replace(key, value, db=self._tables[table])
+        db, prefix = self._tables[table]
+        if prefix:
+            key = prefix + key
+            if not self._in_turn().put(key, value, db=db):
+                raise JournalError(f"{table} row {key!r} was not written")
+        else:
+            old = self._in_turn().replace(key, value, db=db)
             self.used += on_disk(value) - (on_disk(bytes(old)) if old is not None else 0)
-        elif not self._in_turn().put(key, value, db=self._tables[table]):
-            raise JournalError(f"{table} row {key!r} was not written")
+        self._changes.append((db, key, value))
 
     def append(self, table: str, key: bytes, value: bytes) -> None:
         """Put a row behind all others (its own result is the only sign that it was not)."""
-        if not self._in_turn().put(key, value, append=True, db=self._tables[table]):
+        db, _ = self._tables[table]
+        if not self._in_turn().put(key, value, append=True, db=db):
             raise JournalError(f"{table} row {key!r} is not behind the last one")
-        self._changes.append((table, key, value))
+        self._changes.append((db, key, value))
         self.used += on_disk(value)
 
     def delete(self, table: str, key: bytes) -> None:
-        old = self._in_turn().pop(key, db=self._tables[table])
+        db, prefix = self._tables[table]
+        old = self._in_turn().pop(prefix + key, db=db)
         if old is not None:
-            self._changes.append((table, key, None))
-            self.used -= on_disk(bytes(old)) if table not in BOOKS else 0
+            self._changes.append((db, prefix + key, None))
+            self.used -= on_disk(bytes(old)) if not prefix else 0
 
     def scan(self, table: str, start: bytes = b"", end: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Yield rows from ``start`` on, in order, before ``end``."""
-        with self._in_turn().cursor(db=self._tables[table]) as cursor:
-            if not cursor.set_range(start):
+        db, prefix = self._tables[table]
+        with self._in_turn().cursor(db=db) as cursor:
+            if not cursor.set_range(prefix + start):
                 return
-            for key, value in cursor.iternext():
-                if end is not None and bytes(key) >= end:
+            for found, value in cursor.iternext():
+                key = bytes(found)[len(prefix) :]
+                if bytes(found[: len(prefix)]) != prefix or (end is not None and key >= end):
                     return
-                yield bytes(key), bytes(value)
+                yield key, bytes(value)
 
     def close(self) -> None:
         self._env.close()
@@ -278,9 +321,17 @@ class MemoryJournal:
         self._tables: dict[str, dict[bytes, bytes]] = {name: {} for name in TABLES}
         self.used = 0
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        yield
+    def turn(self) -> Turn:
+        return Turn(self)
+
+    def begin(self) -> None:
+        """Nothing to do: this journal ends with its process anyway."""
+
+    def commit(self) -> None:
+        """Nothing to do either."""
+
+    def abort(self) -> None:
+        """Leave what was changed: what interrupts a turn here is an interrupt of the caller's."""
 
     def get(self, table: str, key: bytes) -> bytes | None:
         return self._tables[table].get(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import selectors
 import socket
 import struct
@@ -15,6 +16,22 @@ Frame = tuple[int, bytes, bytes]
 """(kind, header, body)."""
 READ_SIZE = 256 << 10
 SOCKET_BUFFER = 1 << 20
+
+
+class Buffer:
+    """Where bytes arrive before their number is known: a new object of this size for each read costs a map, faults and an unmap."""
+
+    __slots__ = ("_view",)
+
+    def __init__(self) -> None:
+        self._view = memoryview(bytearray(READ_SIZE))
+
+    def read(self, sock: socket.socket) -> bytes:
+        return bytes(self._view[: sock.recv_into(self._view)])
+
+
+_shared = Buffer()
+"""For all streams of a loop, as one is read after the other."""
 
 
 def cut(data: bytes, largest: int = MAX_FRAME) -> tuple[list[Frame], bytes]:
@@ -51,7 +68,10 @@ class Intake:
     def take(self, got: bytes) -> list[Frame]:
         """Return the frames that are whole now."""
         found, self._rest = cut(self._rest + got if self._rest else got)
-        return [whole for each in found for whole in self._joined(each)] if any(each[0] == PART for each in found) else found
+        for each in found:
+            if each[0] == PART:
+                return [whole for each in found for whole in self._joined(each)]
+        return found
 
     def _joined(self, each: Frame) -> list[Frame]:
         kind, header, body = each
@@ -71,14 +91,16 @@ class Intake:
 class Stream:
     """One peer of a selector loop: reads what is there, keeps what the socket does not take."""
 
-    __slots__ = ("_in", "_watched", "out", "peer", "sock")
+    __slots__ = ("_in", "_unsent", "_watched", "out", "peer", "sock")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, unsent: set[Stream] | None = None) -> None:
+        """Take a socket; ``unsent`` is where its loop finds the streams to flush."""
         sock.setblocking(False)
         enlarge(sock)
         self.sock = sock
         self.peer: object = None
         self._in = Intake()
+        self._unsent = unsent if unsent is not None else set()
         self._watched = False
         self.out = bytearray()
 
@@ -90,15 +112,10 @@ class Stream:
         """Bytes that have arrived of a frame that is not whole."""
         return len(self._in)
 
-    @property
-    def is_busy(self) -> bool:
-        """Say whether something waits to be written, or did at the last look."""
-        return self._watched or bool(self.out)
-
     def read(self) -> list[Frame] | None:
         """Return the frames that arrived, or None at the end of the stream."""
         try:
-            got = self.sock.recv(READ_SIZE)
+            got = _shared.read(self.sock)
         except (BlockingIOError, InterruptedError):
             return []
         except OSError:
@@ -115,6 +132,7 @@ class Stream:
     def put(self, kind: int, header: bytes = b"", body: bytes | memoryview = b"") -> None:
         """Keep for the next ``flush``."""
         self.out += frame(kind, header, body)
+        self._unsent.add(self)
 
     def flush(self) -> None:
         """Write what waits, as far as the socket takes it."""
@@ -135,19 +153,23 @@ class Stream:
             self._watched = waits
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if waits else 0)
             selector.modify(self.sock, events, selector.get_key(self.sock).data)
+        if not waits:
+            self._unsent.discard(self)
 
     def close(self) -> None:
+        self._unsent.discard(self)
         self.sock.close()
 
 
 class Line:
     """The one connection of a process, used by blocking calls."""
 
-    __slots__ = ("_in", "_ready", "sock")
+    __slots__ = ("_buffer", "_in", "_ready", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         enlarge(sock)
         self.sock = sock
+        self._buffer = Buffer()
         self._in = Intake()
         self._ready: list[Frame] = []
 
@@ -167,7 +189,7 @@ class Line:
         """Return the next frame, or None at the end of the stream."""
         while not self._ready:
             try:
-                got = self.sock.recv(READ_SIZE)
+                got = self._buffer.read(self.sock)
             except OSError:
                 return None
             if not got:
@@ -175,6 +197,14 @@ class Line:
             self._ready = self._in.take(got)
             self._ready.reverse()
         return self._ready.pop()
+
+    def is_readable(self, seconds: float) -> bool:
+        """Wait so long until there is something to read, be it the end; say whether there is."""
+        if self._ready:
+            return True
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(max(0.0, seconds) * 1000))
 
     def has_frame(self) -> bool:
         """Say whether a frame can be read without waiting."""
