@@ -27,7 +27,7 @@ from mphub.procs.mailbox import LASTING
 from mphub.procs.peers import PublisherPeer, Seat, body_of, check_batch, running_of, unpack_ids
 from mphub.reader import is_alive
 from mphub.store.blobs import ROOM_EVERY, Blobs
-from mphub.store.board import COMMITTED, Board
+from mphub.store.board import COMMITTED, RECALLED, Board
 from mphub.store.journal import Journal
 from mphub.wire import frames
 from mphub.wire.frames import (
@@ -451,6 +451,7 @@ class Router:
         seat = self.seats.get(incarnation)
         if seat is not None and not seat.stopping:
             seat.stopping, seat.patience = True, 0
+            seat.board.raise_flag(RECALLED)  # a handler that has become slow may hold hours of work
             if seat.stream is not None:
                 seat.stream.send(frames.STOP)
 

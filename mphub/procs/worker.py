@@ -24,7 +24,7 @@ from mphub.procs import handlers
 from mphub.procs.outputs import Outputs
 from mphub.reply import Reply
 from mphub.store.blobs import Blobs
-from mphub.store.board import READY, SLOTS, Board
+from mphub.store.board import READY, RECALLED, SLOTS, Board
 from mphub.subscriber import holder
 from mphub.wire import codec, frames
 from mphub.wire.frames import (
@@ -73,6 +73,7 @@ class Worker:
         self.generation = 0
         self.upto = 0
         self.last_report = 0.0
+        self.started = 0.0
         self.ran, self.seconds = 0, 0.0
         """Events run since the last report, and how long they took."""
         self.unsaved = 0
@@ -219,15 +220,19 @@ class Worker:
         alone = deliver.batch.blob is not None and deliver.batch.count == 1
         self.loads = codec.load_any if alone else codec.loads
         self.events = self._from_blob(deliver) if deliver.batch.blob is not None else split(body)
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         self._run(deliver)
         if deliver.generation != self.generation:
             return  # the rest was given back, and that was reported
         self.upto = deliver.number + deliver.count
-        self.ran += len(self.events)
-        self.seconds += time.perf_counter() - started
+        self._measure(len(self.events))
         if self.spec.snapshot is None or self._snapshot_is_due():
             self._report()
+
+    def _measure(self, ran: int) -> None:
+        """Note how long some events of the frame took."""
+        self.ran += ran
+        self.seconds += time.perf_counter() - self.started
 
     def _from_blob(self, deliver: Deliver) -> list[Any]:
         data = self.blobs.read(deliver.batch.blob or "")
@@ -256,6 +261,8 @@ class Worker:
         slot = slots[at]
         try:
             for data, slot in zip(self.events[at:], slots[at:], strict=True):
+                if states[RECALLED]:
+                    break
                 states[slot] = RUNNING
                 call(loads(data))
                 if fresh:
@@ -263,9 +270,11 @@ class Worker:
                     self._after_output(slots.index(slot))
                 else:
                     states[slot] = DONE
+            else:
+                return None
         except BaseException as error:
             return self._raised(slots.index(slot), error)
-        return None
+        return self._give_back(slots.index(slot))
 
     def _run_fully(self, slots: Sequence[int], at: int) -> int | None:
         """Run events whose results go somewhere, or whose state is kept by snapshots."""
@@ -274,6 +283,8 @@ class Worker:
         slot = slots[at]
         try:
             for data, slot in zip(self.events[at:], slots[at:], strict=True):
+                if states[RECALLED]:
+                    break
                 states[slot] = RUNNING
                 place = slots.index(slot)
                 if self._keep_result(self.offsets[place], call(loads(data))) or fresh or saves:
@@ -281,9 +292,11 @@ class Worker:
                     self._after_output(place)
                 else:
                     states[slot] = DONE
+            else:
+                return None
         except BaseException as error:
             return self._raised(slots.index(slot), error)
-        return None
+        return self._give_back(slots.index(slot))
 
     def _keep_result(self, offset: int, result: object) -> bool:
         """Publish a result under ``to`` and answer a request; say whether it did the latter."""
@@ -324,15 +337,17 @@ class Worker:
         number = self.deliver.number + self.offsets[place]
         self.outputs.fresh.clear()
         if not isinstance(error, SystemExit | Stopped):
-            self._failed(number, error)
+            self._failed(place, error)
             return place
         self.upto = number
         if self.spec.snapshot is None and (self.outputs.kept or self.outputs.size or self.replies or self.failures):
             self._report()  # what is finished is committed first
         raise error
 
-    def _failed(self, number: int, error: BaseException) -> None:
+    def _failed(self, place: int, error: BaseException) -> None:
         """Note a failure; a retry without delay goes before everything that this process holds."""
+        assert self.deliver is not None
+        number = self.deliver.number + self.offsets[place]
         self.board.map[Board.base + number % SLOTS] = FAILED
         retry, delay = handlers.retry_after(self.work, error, self._attempt(number))
         reason = {Reject: "rejected", RetryLater: "later"}.get(type(error), "exception")
@@ -340,12 +355,24 @@ class Worker:
         self.failures.append(Failure.here(number, reason, codec.encode_error(error), text, retry, delay))
         self.upto = number + 1
         if retry and delay <= 0:
-            first, _ = self.claims.pop()
-            self.claims.append((first, number + 1 - first))
-            self._report(returned=True)
-            self.generation += 1
+            self._return_rest(place + 1)
         elif len(self.failures) >= 16:
             self._report()
+
+    def _give_back(self, place: int) -> int:
+        """Return what has not started, from one place of the frame on: the router wants it back."""
+        assert self.deliver is not None
+        self.upto = self.deliver.number + self.offsets[place]
+        self._return_rest(place)
+        return place
+
+    def _return_rest(self, ran: int) -> None:
+        """Report what has run, and that all the rest that this process holds, here and under way, is the router's again."""
+        first, _ = self.claims.pop()
+        self.claims.append((first, self.upto - first))
+        self._measure(ran)
+        self._report(returned=True)
+        self.generation += 1
 
     def _attempt(self, number: int) -> int:
         assert self.deliver is not None

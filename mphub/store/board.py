@@ -16,8 +16,8 @@ from typing import Final
 SLOTS: Final = 16384
 """State bytes; a subscriber holds at most this many events."""
 RANGES: Final = 1024
-READY, COMMITTED = 0, 1
-"""Offsets of flags: set up; something that it has handled is in the journal."""
+READY, COMMITTED, RECALLED = 0, 1, 2
+"""Offsets of flags: set up; something that it has handled is in the journal; what it has not started is wanted back."""
 _RANGE: Final = struct.Struct("<QIQI8x")
 _RINGS_AT: Final = 64
 _STATES_AT: Final = _RINGS_AT + RANGES * _RANGE.size

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import mphub
-from mphub import EventHub, Inbox, Limits, Notice, Restart, Retry, Stop, Subscriber, Subscription, current_event
+from mphub import EventHub, Inbox, Limits, Notice, Restart, Retry, Snapshot, Stop, Subscriber, Subscription, current_event
 from tests.helpers import eventually
 
 pytestmark = pytest.mark.procs
@@ -465,6 +465,38 @@ def test_restart_charges_nobody(tmp_path: Path) -> None:
         subscription.restart()
         assert eventually(lambda: hub.request("k", 1).result(5) != first, 5)
         assert subscription.statistics().restarts == 1
+
+
+@pytest.mark.parametrize("snapshot", [None, Snapshot(every=10_000)])
+def test_what_has_not_started_is_recalled_when_its_process_is_to_stop(snapshot: Snapshot | None, tmp_path: Path) -> None:
+    log, slow = tmp_path / "log", tmp_path / "slow"
+
+    class Noting(Subscriber[int, None]):
+        def handle(self, number: int) -> None:
+            if slow.exists():
+                time.sleep(0.3)
+            note(log, number)
+
+        def snapshot(self) -> int:
+            return 1
+
+        def restore(self, state: object) -> None:
+            assert state == 1
+
+    hub = EventHub()
+    subscription = hub.subscribe("k", Noting, name="k", snapshot=snapshot)
+    with hub:
+        hub.publish_batch("k", range(5000))
+        hub.drain(timeout=20)
+        slow.touch()
+        hub.publish_batch("k", range(5000, 7000))
+        assert eventually(lambda: len(lines(log)) > 5001, 10)
+        first, began = subscription.statistics().pids, time.monotonic()
+        subscription.restart()
+        assert eventually(lambda: subscription.state == "RUNNING" and subscription.statistics().pids != first, 10)
+        assert time.monotonic() - began < 2.0  # not the 5 s after which it is told more firmly
+        slow.unlink()
+    assert [int(line) for line in lines(log)] == list(range(7000))
 
 
 def test_a_hub_can_start_again() -> None:
