@@ -41,6 +41,7 @@ from mphub.wire.frames import (
     extra_of,
     join,
 )
+from mphub.wire.open_batch import PLAIN, Mode, OpenBatch
 from mphub.wire.stream import Line, shut
 
 log = logging.getLogger("mphub")
@@ -55,9 +56,6 @@ MANY = 32
 MANY_TAKEN = 32
 """Replies that wait for a frame to be told with: each frame of its own costs the router a turn."""
 BATCH_BYTES = 60 << 10
-Mode = tuple[str | None, bool, int]
-"""(target, is a request, epoch): what all events of a frame have in common."""
-PLAIN: Mode = (None, False, 0)
 SCALARS = frozenset({bytes, str, int, float, bool, type(None)})
 """Payload types that pickle as they are: nothing of ``__main__`` can be in them."""
 LAST_FLUSH = 5.0
@@ -108,16 +106,7 @@ class Connection:
         self._blobs = Blobs(f"{self.address.folder}/blobs", self.id)
         self._sequence = self._written = 0
         """The last frames that were made and that were sent."""
-        self._first = 1
-        self._first_id = self._base + self._first
-        self._events: list[bytes] = []
-        self._runs: list[tuple[str, int]] = []
-        self._extras: dict[int, Extra] = {}
-        self._key: str | None = None
-        """That of the batch's last run."""
-        self._size = 0
-        """The batch's bytes."""
-        self._mode: Mode = PLAIN
+        self._batch = OpenBatch(self._base, 1)
         self._unconfirmed: deque[tuple[int, bytes]] = deque()
         self._refused: dict[int, MphubError] = {}
         self._awaited: set[int] = set()
@@ -164,15 +153,16 @@ class Connection:
         if self._is_mine():
             self._enter()
         with self._lock:
-            events = self._events
-            if not events or self._mode is not PLAIN or self._held or self._ended is not None or size >= BLOB_MIN:
+            batch = self._batch
+            events = batch.events
+            if not events or batch.mode is not PLAIN or self._held or self._ended is not None or size >= BLOB_MIN:
                 return EventId(self._base + self._add(check_key(str_of(key)), data, None, PLAIN))
-            if key != self._key:  # else it has been checked
-                self._begin_run(check_key(str_of(key)))
+            if key != batch.key:  # else it has been checked
+                batch.begin_run(check_key(str_of(key)))
             place = len(events)
-            number = self._first_id + place
-            size += self._size
-            self._size = size
+            number = batch.first_id + place
+            size += batch.size
+            batch.size = size
             events.append(data)  # type: ignore[arg-type]  # parts are larger than that
             if size >= BATCH_BYTES or place >= MAX_EVENTS - 1:
                 self._send_batch()
@@ -208,10 +198,10 @@ class Connection:
             self._send()
             try:
                 for key, data, extra in events:
-                    self._append(key, data, extra)
+                    self._batch.append(key, data, extra)
                 sequence = self._send()
             except BaseException:
-                self._clear_batch()  # a part of them must not go with what comes next; if they are sent it is empty
+                self._begin_batch(PLAIN)  # a part of them must not go with what comes next; if they are sent it is empty
                 raise
             self._wait_own(sequence)
         return len(events)
@@ -236,21 +226,22 @@ class Connection:
         ``strict``: at once, in a frame of its own, which is refused if nobody subscribes.
         """
         codec.check_size(data, self.address.largest)
-        if self._reader is None or self._mode != mode or self._ended is not None:
+        if self._reader is None or self._batch.mode != mode or self._ended is not None:
             self._ready(mode)
         while self._held and self._is_held(key):
             self._wait_released(key)
             self._ready(mode)  # the lock was free meanwhile: the batch may be another thread's
         if not isinstance(data, bytes) or len(data) >= BLOB_MIN:
             return self._send_alone(key, data, extra, mode, reply, strict=strict)
-        if self._events and (strict or (reply is not None and self._key != key)):
+        if self._batch.events and (strict or (reply is not None and self._batch.key != key)):
             self._send()
-        number = self._append(key, data, extra)
+        batch = self._batch
+        number = batch.append(key, data, extra)
         if reply is not None:
             self._replies[number] = reply
         if strict:
             self._send(strict=True)
-        elif len(self._unconfirmed) < FEW or self._size >= BATCH_BYTES or len(self._events) >= MAX_EVENTS:
+        elif len(self._unconfirmed) < FEW or batch.size >= BATCH_BYTES or len(batch.events) >= MAX_EVENTS:
             self._send_batch()
         return number
 
@@ -272,77 +263,52 @@ class Connection:
         self._wait_for_few()
         self._ready(mode)  # the lock was free meanwhile
         self._send()
-        blob, number = self._write_file(data), self._first
+        blob, number = self._write_file(data), self._batch.first
         if reply is not None:
             self._replies[number] = reply
         self._dispatch([(key, 1)], 1, b"", blob, len(data), None if extra is None else {0: extra}, strict=strict)
         return number
-
-    def _append(self, key: str, data: bytes, extra: Extra | None) -> int:
-        """Put one event into the batch and return its number; an interrupt leaves it wholly inside or outside."""
-        if self._key != key:
-            self._begin_run(key)
-        place = len(self._events)
-        size = len(data) + (extra.size if extra is not None else 0)
-        # no call from here on, see _send
-        if extra is not None:
-            self._extras[place] = extra
-        self._size += size
-        self._events += [data]
-        return self._first + place
-
-    def _begin_run(self, key: str) -> None:
-        self._key = None  # an interrupt in here must not leave the next event to this run
-        self._runs.append((key, len(self._events)))
-        self._key = key
-        self._size += len(key) + 8
-
-    def _counts(self) -> list[tuple[str, int]]:
-        """Return the batch's runs as (key, count)."""
-        ends = [*(start for _, start in self._runs[1:]), len(self._events)]
-        return [(key, end - start) for (key, start), end in zip(self._runs, ends, strict=True) if end > start]
 
     def _ready(self, mode: Mode) -> None:
         if self._ended is not None:
             raise self._ended
         if self._reader is None:
             self._connect()
-        if self._mode != mode:
+        if self._batch.mode != mode:
             self._send()
-        self._mode = mode
+            self._begin_batch(mode)
 
     def _send(self, *, strict: bool = False) -> int:
         """Send the batch, if any; return the sequence number of the last frame."""
-        if not self._events:
+        batch = self._batch
+        if not batch.events:
             if self._written != self._sequence:
                 self._write()
             return self._sequence
-        body, blob = join(self._events), None
+        body, blob = join(batch.events), None
         size = len(body)
         if size > BATCH_BYTES * 4:
             # a file of one event is its pickle
-            blob, body = self._write_file(body if len(self._events) > 1 else self._events[0]), b""
-        return self._dispatch(self._counts(), len(self._events), body, blob, size, self._extras or None, strict=strict)
+            blob, body = self._write_file(body if len(batch.events) > 1 else batch.events[0]), b""
+        return self._dispatch(batch.counts(), len(batch.events), body, blob, size, batch.extras or None, strict=strict)
 
     def _dispatch(
         self, runs: list[tuple[str, int]], count: int, body: bytes, blob: str | None, size: int, extras: dict[int, Extra] | None, *,
         strict: bool,
     ) -> int:  # fmt: skip
         """Make the next frame, keep it until it is confirmed, send it; with that the batch begins anew."""
-        target, reply, epoch = self._mode
-        sequence = self._sequence + 1
+        target, reply, epoch = self._batch.mode
+        sequence, first = self._sequence + 1, self._batch.first
         header = encode(
             Batch(
-                self.id, sequence, self._first, runs, time.time(), epoch, target, reply, strict, blob, size, extras,
+                self.id, sequence, first, runs, time.time(), epoch, target, reply, strict, blob, size, extras,
             )
         )  # fmt: skip
         data = frames.frame(frames.BATCH, header, body)
-        first = self._first + count
-        first_id = self._base + first
+        following = OpenBatch(self._base, first + count, self._batch.mode)
         # no call in these lines: an interrupt comes after one, and must find the batch in one place
         self._unconfirmed += [(sequence, data)]
-        self._sequence, self._first, self._first_id = sequence, first, first_id
-        self._events, self._runs, self._key, self._extras, self._size = [], [], None, {}, 0
+        self._sequence, self._batch = sequence, following
         failpoints.hit("publisher.batched")
         self._write()
         if not reply and self._reader is not None:
@@ -355,14 +321,9 @@ class Connection:
         except OSError as error:
             raise PayloadError(f"a payload of {len(data)} bytes cannot be written to the hub's folder: {error}") from error
 
-    def _clear_batch(self) -> None:
-        self._first += len(self._events)
-        self._first_id = self._base + self._first
-        self._events = []
-        self._runs = []
-        self._key = None
-        self._extras = {}
-        self._size = 0
+    def _begin_batch(self, mode: Mode) -> None:
+        """Begin anew, behind the numbers of what is in the batch."""
+        self._batch = OpenBatch(self._base, self._batch.first + len(self._batch.events), mode)
 
     def _write(self) -> None:
         """Send the frames that have not been sent; without a line they go out after the next connect."""
@@ -433,7 +394,7 @@ class Connection:
 
     @property
     def unconfirmed(self) -> int:
-        return len(self._unconfirmed) + bool(self._events)
+        return len(self._unconfirmed) + bool(self._batch.events)
 
     def _is_confirmed(self, sequence: int) -> bool:
         return not self._unconfirmed or self._unconfirmed[0][0] > sequence
@@ -495,7 +456,7 @@ class Connection:
             while self._unconfirmed and self._unconfirmed[0][0] <= confirm.sequence:
                 self._unconfirmed.popleft()
             self._changed.notify_all()
-            if len(self._events) < RUSH or self._mode is not PLAIN:
+            if len(self._batch.events) < RUSH or self._batch.mode is not PLAIN:
                 self._send_if_few()
                 return
         time.sleep(LINGER)
@@ -504,7 +465,7 @@ class Connection:
 
     def _send_if_few(self) -> None:
         # a large batch is sent by who filled it: if its file cannot be written, that is who is to hear of it
-        if self._events and len(self._unconfirmed) < FEW and self._size < BATCH_BYTES:
+        if self._batch.events and len(self._unconfirmed) < FEW and self._batch.size < BATCH_BYTES:
             self._send()
 
     def _answered(self, line: Line, reply: frames.Reply) -> None:
@@ -549,7 +510,7 @@ class Connection:
     @property
     def is_waited_for(self) -> bool:
         """Say whether what the stream brings is wanted though nobody waits for it by reading."""
-        return bool(self._followed or self._events)
+        return bool(self._followed or self._batch.events)
 
 
 def is_wanted(future: Reply[object]) -> bool:
