@@ -41,10 +41,12 @@ types: venv
 bench: venv
 	$(BIN)/python scripts/bench.py
 
-# Other packages on the same work, in an environment of their own.
+# Other packages on the same work, in an environment of their own. redis-server and nats-server are used if they are on the PATH
+# (`apt install redis-server nats-server`); without them, Redis Streams and NATS JetStream are not run.
 bench-peers: venv
 	$(BIN)/python -m venv .venv/peers || $(PYTHON) -m venv --without-pip .venv/peers
-	$(BIN)/python -m pip --python .venv/peers/bin/python install -e . numpy pyzmq faster-fifo mpire pebble loky ray
+	$(BIN)/python -m pip --python .venv/peers/bin/python install -e . \
+		numpy pyzmq faster-fifo mpire pebble loky ray distributed 'redis[hiredis]' nats-py huey
 	.venv/peers/bin/python scripts/bench.py --families throughput-1,roundtrip,roundtrip-p99 --peers
 
 check: lint types test

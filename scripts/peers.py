@@ -1,18 +1,26 @@
 """The work of ``bench.py`` as its users would do it with other packages; one that is not installed is not run.
 
-Those with queues or sockets get a router's process and a worker's, like the baseline; pools get a function that counts.
+Those with queues or sockets get a router's process and a worker's, like the baseline; of those with a server it is the router, and lives
+in a temporary folder; pools get a function that counts.
 """
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import importlib
 import importlib.util
 import itertools
 import multiprocessing
+import os
 import pickle
+import shutil
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +29,8 @@ from typing import Any, NoReturn
 FORK = multiprocessing.get_context("fork")
 AHEAD = 1000
 """Tasks that a pool has under way."""
+BATCH = 1000
+"""Events that are sent to a server, or got from it, at once."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +42,16 @@ class Peer:
     open: Callable[[str, object], contextlib.AbstractContextManager[tuple[Callable[[int], object], Callable[[], list[int]]]]]
     share: float = 1.0
     """Of the events that the others get: what takes a millisecond each need not take minutes."""
+    server: str | None = None
+    """Program that is started."""
 
     @property
     def is_there(self) -> bool:
-        return importlib.util.find_spec(self.needs) is not None
+        return importlib.util.find_spec(self.needs) is not None and (self.server is None or found(self.server) is not None)
+
+
+def found(server: str) -> str | None:
+    return shutil.which(server, path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin")  # where Debian puts some
 
 
 Opened = Iterator[tuple[Callable[[int], object], Callable[[], list[int]]]]
@@ -137,6 +153,136 @@ def running(target: Callable[..., object], *arguments: object) -> Iterator[None]
         process.join()
 
 
+# -- a server and a worker
+
+
+@contextlib.contextmanager
+def redis_streams(key: str, payload: object) -> Opened:
+    redis: Any = importlib.import_module("redis")
+    with tempfile.TemporaryDirectory(prefix="redis-") as folder, redis_server(folder) as path, running(redis_worker, path, key):
+        client = redis.Redis(unix_socket_path=path, socket_timeout=60)
+
+        def publish(events: int) -> None:
+            for first in range(0, events, BATCH):
+                pipeline = client.pipeline(transaction=False)
+                for _ in range(first, min(first + BATCH, events)):
+                    pipeline.xadd(key, {"payload": pickle.dumps(payload, 5)})
+                pipeline.execute()
+
+        def ask() -> list[int]:
+            pipeline = client.pipeline(transaction=False)
+            pipeline.xadd(key, {"payload": pickle.dumps(None, 5)})
+            pipeline.blpop("answers")
+            _, (_, handled) = pipeline.execute()
+            return [int(handled)]
+
+        yield publish, ask
+
+
+@contextlib.contextmanager
+def redis_server(folder: str) -> Iterator[str]:
+    path = f"{folder}/redis"
+    options = {"port": "0", "unixsocket": path, "save": "", "appendonly": "no", "loglevel": "warning", "dir": folder}
+    with serving("redis-server", *(word for name, value in options.items() for word in (f"--{name}", value)), address=path):
+        yield path
+
+
+def redis_worker(path: str, key: str) -> NoReturn:
+    redis: Any = importlib.import_module("redis")
+    client = redis.Redis(unix_socket_path=path, socket_timeout=None)
+    client.xgroup_create(key, "counters", id="0", mkstream=True)
+    handled = 0
+    while True:
+        [(_, entries)] = client.xreadgroup("counters", "counter", {key: ">"}, count=BATCH, block=0)
+        for _, fields in entries:
+            if pickle.loads(fields[b"payload"]) is None:
+                client.rpush("answers", handled)
+            else:
+                handled += 1
+        client.xack(key, "counters", *(number for number, _ in entries))
+
+
+@contextlib.contextmanager
+def nats_jetstream(key: str, payload: object) -> Opened:
+    with (
+        tempfile.TemporaryDirectory(prefix="nats-") as folder,
+        nats_server(folder) as port,
+        running(nats_worker, port, key),
+        asyncio.Runner() as runner,
+    ):
+        client, stream = runner.run(nats_stream(port, key))
+        answers = runner.run(client.subscribe("answers"))
+
+        async def publish(events: int) -> None:
+            for _ in range(events):
+                await stream.publish_async(key, pickle.dumps(payload, 5))
+            await stream.publish_async_completed()
+
+        async def ask() -> list[int]:
+            await stream.publish_async(key, pickle.dumps(None, 5))
+            return [int((await answers.next_msg(timeout=60)).data)]
+
+        yield lambda events: runner.run(publish(events)), lambda: runner.run(ask())
+        runner.run(client.close())
+
+
+@contextlib.contextmanager
+def nats_server(folder: str) -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with serving("nats-server", "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", folder, address=("127.0.0.1", port)):
+        yield port
+
+
+async def nats_stream(port: int, key: str) -> tuple[Any, Any]:
+    """Connect, and see to the stream: whoever comes second finds it there."""
+    nats: Any = importlib.import_module("nats")
+    client = await nats.connect(f"nats://127.0.0.1:{port}")
+    stream = client.jetstream(publish_async_max_pending=4 * BATCH, timeout=60)
+    await stream.add_stream(name="bench", subjects=[key], storage="memory")
+    return client, stream
+
+
+def nats_worker(port: int, key: str) -> NoReturn:
+    asyncio.run(nats_count(port, key))
+
+
+async def nats_count(port: int, key: str) -> NoReturn:
+    client, stream = await nats_stream(port, key)
+    config = importlib.import_module("nats.js.api").ConsumerConfig(ack_policy="all", max_ack_pending=-1)
+    inbox = await stream.pull_subscribe(key, durable="counter", config=config)
+    handled, wanted = 0, 1
+    while True:
+        messages = await inbox.fetch(wanted, timeout=3600)
+        for message in messages:
+            if pickle.loads(message.data) is None:
+                await client.publish("answers", str(handled).encode())
+            else:
+                handled += 1
+        await messages[-1].ack()  # and with it all before
+        wanted = max(1, min(messages[-1].metadata.num_pending, BATCH))  # a fetch waits until it has all that it wants
+
+
+@contextlib.contextmanager
+def serving(server: str, *arguments: str, address: str | tuple[str, int]) -> Iterator[None]:
+    """Have a server while it is needed; what it says is said when the measurement fails."""
+    process = subprocess.Popen([found(server) or server, *arguments], stdout=sys.stderr)
+    try:
+        while not answers_at(address):
+            if process.poll() is not None:
+                raise SystemExit(f"bench: {server} ended with {process.returncode} before it served")
+            time.sleep(0.01)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers_at(address: str | tuple[str, int]) -> bool:
+    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as probe:
+        return probe.connect_ex(address) == 0
+
+
 # -- pools
 
 
@@ -149,11 +295,23 @@ def count(payload: object) -> int:
 count.handled = 0  # type: ignore[attr-defined]
 
 
-def by_futures(submit: Callable[[object], Any], payload: object) -> tuple[Callable[[int], object], Callable[[], list[int]]]:
+class Counter:
+    """Be the handler as an actor."""
+
+    handled = 0
+
+    def handle(self, payload: object) -> int:
+        self.handled += payload is not None
+        return self.handled
+
+
+def by_futures(
+    submit: Callable[[object], Any], payload: object, ahead: int = AHEAD
+) -> tuple[Callable[[int], object], Callable[[], list[int]]]:
     def publish(events: int) -> None:
         under_way: deque[Any] = deque()
         for _ in range(events):
-            if len(under_way) >= AHEAD:
+            if len(under_way) >= ahead:
                 under_way.popleft().result()
             under_way.append(submit(payload))
         while under_way:
@@ -200,14 +358,6 @@ def mpire(_: str, payload: object) -> Opened:
 def ray(_: str, payload: object) -> Opened:
     module: Any = importlib.import_module("ray")
     module.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-
-    class Counter:
-        handled = 0
-
-        def handle(self, given: object) -> int:
-            self.handled += given is not None
-            return self.handled
-
     actor = module.remote(Counter).remote()
 
     def publish(events: int) -> None:
@@ -222,12 +372,52 @@ def ray(_: str, payload: object) -> Opened:
     module.shutdown()
 
 
+@contextlib.contextmanager
+def huey(_: str, payload: object) -> Opened:
+    module: Any = importlib.import_module("huey")
+    with tempfile.TemporaryDirectory(prefix="huey-") as folder:
+        queue = module.SqliteHuey(filename=f"{folder}/queue", fsync=False, timeout=60)
+        task = queue.task()(answer)
+        often: dict[str, Any] = {"initial_delay": 0.001, "max_delay": 0.001}  # it polls: by default, every 100 ms and more
+        consumer = queue.create_consumer(workers=1, periodic=False, check_worker_health=False, **often)
+
+        def publish(events: int) -> None:
+            for _ in range(events):
+                task(payload)
+
+        with running(consumer.run):
+            yield publish, lambda: [task(None).get(blocking=True, timeout=60, max_delay=0.001)]
+
+
+def answer(payload: object) -> int | None:
+    """Count; only who asks is told, for a result is one more row, and nobody would read the others."""
+    handled = count(payload)
+    return handled if payload is None else None
+
+
+@contextlib.contextmanager
+def dask(_: str, payload: object) -> Opened:
+    module: Any = importlib.import_module("distributed")
+    with (
+        tempfile.TemporaryDirectory(prefix="dask-") as folder,
+        importlib.import_module("dask.config").set({"temporary-directory": folder}),
+        module.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        module.Client(cluster, direct_to_workers=True) as client,
+    ):
+        actor = client.submit(Counter, actor=True).result()
+        yield by_futures(actor.handle, payload, ahead=100)  # each has a connection: 1000 are slower
+
+
 PEERS = {
     "pyzmq": Peer("zmq", pyzmq),
     "faster-fifo": Peer("faster_fifo", faster_fifo),
     "mpire": Peer("mpire", mpire),
+    "Redis Streams": Peer("redis", redis_streams, 0.5, server="redis-server"),
+    "NATS JetStream": Peer("nats", nats_jetstream, 0.1, server="nats-server"),
     "ProcessPoolExecutor": Peer("concurrent.futures", process_pool_executor, 0.1),
     "pebble": Peer("pebble", pebble, 0.1),
     "loky": Peer("loky", loky, 0.1),
+    "Huey": Peer("huey", huey, 0.05),
     "Ray actor": Peer("ray", ray, 0.02),
+    "Dask": Peer("distributed", dask, 0.01),
 }

@@ -114,6 +114,47 @@ def test_a_peer_that_is_installed_is_measured_too(peer: str) -> None:
     assert bench.measure_apart("roundtrip", peer, 100) > 0
 
 
+def test_a_peer_that_is_not_installed_is_not_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(name: str, rounds: int, events: int | None, others: list[str]) -> bench.Result:
+        return bench.compare(name, 10, {**VALUES, **{other: VALUES["baseline"] for other in others}})
+
+    opened = peers.process_pool_executor
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(
+        bench,
+        "PEERS",
+        {
+            "there": peers.Peer("json", opened, server=sys.executable),
+            "without package": peers.Peer("no_such_package", opened, server=sys.executable),
+            "without server": peers.Peer("json", opened, server="no-such-server"),
+        },
+    )
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--families", "throughput-1", "--peers", "--json", "-"])
+    assert bench.main() == 0
+    out, err = capsys.readouterr()
+    assert list(json.loads(out)["results"][0]["peers"]) == ["there"]
+    assert err.splitlines() == [f"bench: without {what} is not installed: not run" for what in ("package", "server")]
+
+
+SERVER = "import socket, sys, time; server = socket.create_server(sys.argv[1], family=socket.AF_UNIX); time.sleep(60)"
+
+
+def test_a_peers_server_is_killed_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = psutil.Process().children()
+    with pytest.raises(ZeroDivisionError), peers.serving(sys.executable, "-c", SERVER, "socket", address="socket"):
+        [server] = [child for child in psutil.Process().children() if child not in before]
+        assert server.is_running()
+        raise ZeroDivisionError
+    assert not server.is_running()
+
+
+def test_a_peers_server_that_does_not_start_is_told() -> None:
+    with pytest.raises(SystemExit, match="ended with 3 before it served"):
+        with peers.serving(sys.executable, "-c", "raise SystemExit(3)", address="no/such/socket"):
+            pass
+
+
 def test_peers_stand_below_their_family() -> None:
     result = bench.compare("throughput-1", 10, {**VALUES, "pyzmq": [250.0, 400.0, 300.0]})
     assert result.peers == {"pyzmq": 2.0}
