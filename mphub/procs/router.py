@@ -64,6 +64,8 @@ LONGEST_WAIT = 3600.0
 """Seconds; a selector refuses to wait for more than some weeks."""
 CENSUS = 1.0
 """Seconds between two looks whether publishers that are not connected live."""
+HALF = frames.HEAD.pack(0, frames.DELIVER, 0)
+"""The begin of a frame that its sender does not live to write."""
 _batch, _report, _call = decoder(Batch), decoder(Report), decoder(Call)
 _hello_publisher, _hello_subscriber = decoder(HelloPublisher), decoder(HelloSubscriber)
 _taken, _spec = decoder(RepliesTaken), decoder(Spec)
@@ -386,15 +388,14 @@ class Router:
         whole = len(held.spans) == 1
         seat.board.hand_out(held.number, held.count, row.id, held.index)
         attempts = {i: n for i, n in portion.attempts.items() if held.index <= i < held.index + held.count} if portion.attempts else None
-        header = DeliverRaw(
+        header = encode(DeliverRaw(
             held.number, seat.box.delivery.generation, seat.told, row.id, row.epoch, held.index, held.count, msgspec.Raw(row.header),
             None if whole else [i - held.index for a, b in held.spans for i in range(a, b)], attempts,
-        )  # fmt: skip
+        ))  # fmt: skip
         seat.unconfirmed = 0
         failpoints.hit("router.handed_out")
-        stream.put(frames.DELIVER, encode(header), body_of(held))
-        failpoints.hit("router.half_delivered", stream.sock.send, stream.out)
-        stream.flush()
+        failpoints.hit("router.half_delivered", stream.sock.send, HALF)
+        stream.send(frames.DELIVER, header, body_of(held))
 
     # -- the supervisor
 
@@ -480,6 +481,11 @@ class Router:
     def do_settled(self, incarnation: int) -> None:
         """Forget a death: nobody will ask about it again."""
         self.exchange.forget_incarnation(incarnation)
+
+    def do_known(self, incarnations: list[int]) -> None:
+        """Forget all other incarnations: whoever should have said that they are settled has died, or this router's predecessor has."""
+        for incarnation in set(self.exchange.frames) - set(incarnations):
+            self.exchange.forget_incarnation(incarnation)
 
     def _read_last(self, seat: Seat) -> None:
         stream = seat.stream

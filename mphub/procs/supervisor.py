@@ -174,6 +174,7 @@ class Supervisor:
                 self._tell_started(link, ward.child, live=True)
                 if ward.child.ending in ("stop", "restart"):
                     link.tell("stop_worker", incarnation=ward.child.incarnation)
+        link.tell("known", incarnations=[*self.unsettled, *(child.incarnation for child in self._children())])
 
     def _tell_started(self, link: Link, child: Child, *, live: bool) -> None:
         link.tell("started", name=child.name, incarnation=child.incarnation, board=str(child.board.path), live=live)

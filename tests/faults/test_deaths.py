@@ -344,6 +344,28 @@ def test_reports_of_a_dead_process_are_taken_in_their_order(tmp_path: Path) -> N
     assert [int(row) for row in lines(log)] == [*range(200), *range(1000, 1060)]
 
 
+def test_files_of_a_dead_process_go_though_its_supervisor_dies_before_it_has_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPHUB_FAILPOINTS", str(tmp_path))
+    (tmp_path / "supervisor.removed:1").touch()
+    hub = EventHub(check=False)
+
+    def leave_a_file(_: object) -> int:
+        from mphub.subscriber import holder
+
+        holder.context.blobs.write(bytes(100_000))  # type: ignore[union-attr]
+        return os.getpid()
+
+    hub.subscribe("k", leave_a_file, name="k")
+    with hub:
+        blobs = Path(hub._address.folder) / "blobs"
+        os.kill(hub.request("k", 1).result(10), signal.SIGKILL)
+        assert eventually(lambda: not (tmp_path / "supervisor.removed:1").exists(), 10)
+        assert hub.request("k", 2).result(10)
+        assert eventually(lambda: len(os.listdir(blobs)) == 1, 5)  # that of the second
+
+
 def test_files_of_publishers_that_died_between_two_routers_go() -> None:
     hub = EventHub()
     hub.subscribe("k", len, name="k")
