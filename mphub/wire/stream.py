@@ -125,9 +125,22 @@ class Stream:
         return self._in.take(got)
 
     def send(self, kind: int, header: bytes = b"", body: bytes | memoryview = b"") -> None:
-        """Send, or keep for the next ``flush``."""
-        self.put(kind, header, body)
-        self.flush()
+        """Send, or keep for the next ``flush`` what the socket does not take; a body is not copied on the way."""
+        size = len(header) + len(body)
+        if self.out or size > MAX_FRAME:
+            self.put(kind, header, body)
+            self.flush()
+            return
+        head = HEAD.pack(size, kind, len(header)) + header
+        try:
+            sent = self.sock.sendmsg((head, body))
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:  # the peer is gone: reading will say so
+            return
+        if sent < len(head) + len(body):
+            self.out += memoryview(head + body)[sent:]
+            self._unsent.add(self)
 
     def put(self, kind: int, header: bytes = b"", body: bytes | memoryview = b"") -> None:
         """Keep for the next ``flush``."""
