@@ -9,11 +9,13 @@ from functools import lru_cache
 from mphub.errors import InvalidKey, InvalidOption
 
 MAX_LENGTH = 255
+MAX_CACHED = 1 << 17
+"""Keys that a process remembers; beyond that each costs a publisher and the router some microseconds more."""
 _TOKEN = re.compile(r"[^\s.*>\x00-\x1f\x7f\ud800-\udfff]+")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=MAX_CACHED)
 def check_key(key: str) -> str:
     """Return a key that events can have.
 
@@ -23,7 +25,7 @@ def check_key(key: str) -> str:
     return key
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=MAX_CACHED)
 def check_pattern(pattern: str) -> str:
     """Return a pattern that can be subscribed to.
 

@@ -31,6 +31,11 @@ class Row:
         return key_of(self.batch, index)
 
     @property
+    def share(self) -> int:
+        """Bytes that each event takes, about."""
+        return (self.batch.size + ROW) // self.count
+
+    @property
     def is_blob(self) -> bool:
         """Say whether it is one event that is a file of its own; the file of several holds a body."""
         return self.batch.blob is not None and self.count == 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
+from mphub.core.keys import MAX_CACHED
+
 S = TypeVar("S")
-MAX_CACHED = 65_536
 
 
 class _Node(Generic[S]):
@@ -24,11 +25,12 @@ class RoutingTable(Generic[S]):
         self._entries: list[tuple[str, S]] = []
         self._order = 0
         self._cache: dict[str, tuple[S, ...]] = {}
+        self._sets: dict[tuple[S, ...], tuple[S, ...]] = {}
 
     def add(self, pattern: str, subscriber: S) -> None:
         self._entries.append((pattern, subscriber))
         self._insert(pattern, subscriber)
-        self._cache.clear()
+        self._forget()
 
     def remove(self, subscriber: S) -> None:
         """Take out all patterns of a subscriber."""
@@ -36,16 +38,21 @@ class RoutingTable(Generic[S]):
         self._entries, self._root, self._order = entries, _Node(), 0
         for pattern, other in entries:
             self._insert(pattern, other)
-        self._cache.clear()
+        self._forget()
 
     def match(self, key: str) -> tuple[S, ...]:
-        """Return the subscribers of a key, each once, in the order of addition."""
+        """Return the subscribers of a key, each once, in the order of addition: the same object for all keys that have the same ones."""
         found = self._cache.get(key)
         if found is None:
             if len(self._cache) >= MAX_CACHED:
-                self._cache.clear()
-            found = self._cache[key] = self._search(key.split("."))
+                self._forget()
+            found = self._search(key.split("."))
+            found = self._cache[key] = self._sets.setdefault(found, found)
         return found
+
+    def _forget(self) -> None:
+        self._cache.clear()
+        self._sets.clear()
 
     def patterns(self) -> list[tuple[str, S]]:
         return list(self._entries)

@@ -6,7 +6,7 @@ The router drives it with streams, the inline engine with plain calls.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -270,8 +270,8 @@ class Exchange:
     def take_in(self, batch: Batch, header: bytes, body: bytes, epoch: int) -> None:
         """Decide whom each event is for, and store that with the row."""
         matched = self._match_request(batch) if batch.reply else self._match(batch)
-        self.accepted += batch.count
         row = Row(self.next_row, epoch, batch, header, body)
+        self.accepted += row.count
         self.references.hold(batch.blob)
         taken = {box: left for box, spans in matched.items() if (left := self._admit(box, row, spans))}
         if taken:
@@ -287,36 +287,44 @@ class Exchange:
         self._rows[row.id] = row
         self.left[row.id] = len(taken)
         self.references.hold_for(row.id, row.batch.blob)
-        size = share(row.batch)
+        size = row.share
         for box, spans in taken.items():
             self._deliver_to(box, Portion(row, spans, size))
 
     def _match(self, batch: Batch) -> dict[Mailbox, Spans]:
         matched: dict[Mailbox, Spans] = {}
-        place = 0
-        for key, count in batch.runs:
-            boxes = self._targets(key, batch.target)
-            if not boxes:
-                self._count_unmatched(key, count)
+        for boxes, first, end in self._stretches(batch):
             for box in boxes:
                 spans = matched.setdefault(box, [])
-                if spans and spans[-1][1] == place:
-                    spans[-1] = (spans[-1][0], place + count)
+                if spans and spans[-1][1] == first:
+                    spans[-1] = (spans[-1][0], end)
                 else:
-                    spans.append((place, place + count))
-            place += count
+                    spans.append((first, end))
         return matched
 
-    def _targets(self, key: str, target: str | None) -> tuple[Mailbox, ...]:
-        if target is None:
-            return self.table.match(key)
+    def _stretches(self, batch: Batch) -> Iterator[tuple[tuple[Mailbox, ...], int, int]]:
+        """Yield (subscribers, first event, end) of events that are for the same ones: a batch may have a thousand keys."""
+        match = self.table.match if batch.target is None else lambda _: self._named(batch.target or "")
+        last: tuple[Mailbox, ...] = ()
+        first = end = 0
+        for key, count in batch.runs:
+            boxes = match(key)
+            if boxes is not last:
+                yield last, first, end
+                last, first = boxes, end
+            if not boxes:
+                self._count_unmatched(key, count)
+            end += count
+        yield last, first, end
+
+    def _named(self, target: str) -> tuple[Mailbox, ...]:
         box = self.boxes.get(target)
         return (box,) if box is not None else ()
 
     def _match_request(self, batch: Batch) -> dict[Mailbox, Spans]:
         """Find the one subscriber that answers, or end the requests."""
         key = batch.runs[0][0]
-        boxes = [box for box in self._targets(key, batch.target) if batch.target is not None or box.spec.answers]
+        boxes = self._named(batch.target) if batch.target is not None else tuple(box for box in self.table.match(key) if box.spec.answers)
         outcome, message = "", ""
         if not boxes:
             outcome, message = "nobody", self._nobody(batch.target or key)
@@ -576,7 +584,7 @@ class Exchange:
         if row is None:
             row = Row(number, stored.epoch, stored.batch, encode(stored.batch), stored.body)
             self._rows[number] = row
-        portion = Portion(row, [(0, row.count)] if spans is None else list(spans), share(row.batch))
+        portion = Portion(row, [(0, row.count)] if spans is None else list(spans), row.share)
         if number in box.noted and (value := self.journal.get("progress", progress_key(box, number))) is not None:
             known = _progress.decode(value)
             portion.todo, portion.attempts = list(known.todo), dict(known.attempts)

@@ -84,11 +84,12 @@ def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:
     """
     if batch.publisher != peer.hello.publisher or batch.sequence < 1:
         raise ProtocolError("a batch in another publisher's name, or without a number")
-    if batch.count > MAX_TOGETHER:
-        raise ProtocolError(f"a batch of {batch.count} events")
+    count = batch.count
+    if count > MAX_TOGETHER:
+        raise ProtocolError(f"a batch of {count} events")
     # 8 us for 300 events: better here than where they are cut out or handled
-    if batch.blob is None and (found := len(split(body))) != batch.count:
-        raise ProtocolError(f"a batch of {batch.count} events whose body has {found}")
+    if batch.blob is None and (found := len(split(body))) != count:
+        raise ProtocolError(f"a batch of {count} events whose body has {found}")
 
 
 def running_of(seat: Seat) -> int:

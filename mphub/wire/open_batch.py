@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import sub
+
 from mphub.wire.frames import Extra
 
 Mode = tuple[str | None, bool, int]
@@ -48,5 +50,10 @@ class OpenBatch:
 
     def counts(self) -> list[tuple[str, int]]:
         """Return the runs as (key, count)."""
-        ends = [*(start for _, start in self.runs[1:]), len(self.events)]
-        return [(key, end - start) for (key, start), end in zip(self.runs, ends, strict=True) if end > start]
+        runs = self.runs
+        if len(runs) == 1:
+            return [(runs[0][0], len(self.events))]
+        starts = [start for _, start in runs]
+        counts = list(map(sub, [*starts[1:], len(self.events)], starts))
+        found = list(zip([key for key, _ in runs], counts, strict=True))
+        return found if 0 not in counts else [run for run in found if run[1]]
