@@ -563,6 +563,9 @@ _shared_lock = threading.RLock()
 
 def connection_to(address: Address) -> Connection:
     """Return the process's one connection to a hub."""
+    found = _shared.get(address.folder)
+    if found is not None and found._ended is None:
+        return found
     with _shared_lock:
         found = _shared.get(address.folder)
         if found is None or found._ended is not None:

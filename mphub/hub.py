@@ -149,7 +149,7 @@ class EventHub:
         self._up = threading.Event()
         """Set while it runs."""
         self._here: Callable[[str | Topic[Any], object], EventId] | None = None
-        """The short way to publish, while this process is the running hub's."""
+        """The short way to publish: of the running hub in its own process, of a handle in any other."""
         _hubs.add(self)
 
     def __repr__(self) -> str:
@@ -453,7 +453,12 @@ class EventHub:
         if self._engine is not None and self._pid == getpid():
             return self._engine.publish(name, payload, ordering_key, headers, confirm)
         self._must_be_remote("publish")
+        self._here = self._publish_from_afar
         return connection_to(self._address).publish(name, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
+
+    def _publish_from_afar(self, key: str | Topic[Any], payload: object) -> EventId:
+        """Publish an event with nothing special from another process than the hub's."""
+        return connection_to(self._address).publish_plain(key, payload)
 
     def publish_batch(self, key: str | Topic[T], payloads: Iterable[T]) -> int:
         """Publish the payloads of an iterable one after the other, with bounded memory; return how many."""

@@ -16,7 +16,7 @@ from mphub.errors import HubError, PayloadError
 from mphub.events import EventId, Topic, str_of
 from mphub.options import check_timeout, refuse_timing, refuse_unavailable
 from mphub.reply import Reply
-from mphub.subscriber import Context, inside_of, publish_inside
+from mphub.subscriber import Context, holder, inside_of, publish_inside
 from mphub.wire import codec
 from mphub.wire.frames import Extra, extra_of
 
@@ -48,6 +48,9 @@ class Publisher:
 
         Raises InvalidKey, PayloadError, HubClosed; with ``confirm`` NoSubscriber.
         """
+        special = headers or now or confirm or priority or delay or ordering_key or expires is not None
+        if holder.context is None and not special:
+            return connection_to(self._address).publish_plain(key, payload)
         refuse_timing(priority, delay, expires)
         name, context = check_key(str_of(key)), self._context
         if context is not None:
