@@ -85,11 +85,11 @@ def test_poison_among_good_events_stops_nobody() -> None:
 
     subscription = hub.subscribe("k", picky, restart=Restart(delay=0))
     with hub:
-        hub.publish_batch("k", range(100_000))
+        hub.publish_batch("k", range(20_000))
         hub.drain(150)
         found = subscription.statistics()
-        assert (found.state, found.dead, found.handled, found.restarts) == ("RUNNING", 500, 99_500, 1500)
-    assert [(letter.payload, letter.attempts) for letter in hub.dead_letters()] == [(n, 3) for n in range(100, 100_000, 200)]
+        assert (found.state, found.dead, found.handled, found.restarts) == ("RUNNING", 100, 19_900, 300)
+    assert [(letter.payload, letter.attempts) for letter in hub.dead_letters()] == [(n, 3) for n in range(100, 20_000, 200)]
 
 
 def test_a_stream_that_ends_is_no_death(tmp_path: Path) -> None:

@@ -284,8 +284,8 @@ RUN = """
         while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             time.sleep(0.01)
         print("up", flush=True)  # run() listens
-    hub = mphub.EventHub(name="served")
-    hub.subscribe("k", time.sleep, name="slow")
+    hub = mphub.EventHub(name="served", stop=mphub.Stop(ask=0.5, term=0.5))
+    hub.subscribe("k", time.sleep, name="slow", restart=mphub.Restart(max_restarts=1))
     hub.start()
     hub.publish_batch("k", [float(sys.argv[1])] * 3)
     hub.flush()
@@ -322,7 +322,7 @@ def test_run_stops_at_once_at_the_second_signal() -> None:
 def test_a_hub_that_nobody_stopped_ends_with_its_process_and_says_so() -> None:
     process = run_script("""
         import time, mphub
-        hub = mphub.EventHub(name="left")
+        hub = mphub.EventHub(name="left", stop=mphub.Stop(ask=0.5, term=0.5))
         hub.subscribe("k", time.sleep, name="slow")
         hub.start()
         hub.publish_batch("k", [30.0] * 5)
