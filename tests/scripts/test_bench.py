@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import bench
+import families
 import peers
 import psutil
 import pytest
+import results
+import sides
 
 from tests.helpers import eventually
 
@@ -37,15 +40,15 @@ def test_where_less_is_better_the_ratio_is_turned_round() -> None:
 
 
 def test_a_spread_is_the_median_and_its_range() -> None:
-    assert bench.spread([3.0, 1.0, 2.25, 2.0], ".1f") == "2.1 (1.0..3.0)"
-    assert bench.spread([1234.5]) == "1,234 (1,234..1,234)"
+    assert results.spread([3.0, 1.0, 2.25, 2.0], ".1f") == "2.1 (1.0..3.0)"
+    assert results.spread([1234.5]) == "1,234 (1,234..1,234)"
 
 
 def test_the_table_has_both_sides_and_their_ratio() -> None:
-    row = bench.table([bench.compare("throughput-1", 10, VALUES)]).splitlines()[1]
+    row = results.table([bench.compare("throughput-1", 10, VALUES)]).splitlines()[1]
     assert row.split() == [
         *("throughput-1", "100", "(100..200)", "600", "(500..1,600)", "6.00", "(5.00..8.00)"),
-        *bench.FAMILIES["throughput-1"].unit.split(),
+        *families.FAMILIES["throughput-1"].unit.split(),
     ]
 
 
@@ -59,11 +62,11 @@ def test_the_check_is_of_throughput_to_one(least: float | None, code: int, monke
 
 
 def test_a_miscount_gives_no_figure() -> None:
-    lossy = bench.Side(publish=lambda events: None, ask=lambda: [7])
+    lossy = sides.Side(publish=lambda events: None, ask=lambda: [7])
     with pytest.raises(SystemExit, match=r"counted \[7\], expected \[17\]: no figure"):
-        bench.throughput(lossy, 10)
+        families.throughput(lossy, 10)
     with pytest.raises(SystemExit, match=r"counted \[7\], expected \[1000\]"):
-        bench.roundtrip(lossy, 10, 0.5)
+        families.roundtrip(lossy, 10, 0.5)
 
 
 def test_a_measurement_that_fails_gives_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,17 +97,17 @@ def test_a_typo_is_explained(arguments: list[str], expected: str, capsys: pytest
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("heavy", [False, True])
 def test_every_family_is_measured_on_both_sides(heavy: bool) -> None:
-    names = [name for name in bench.FAMILIES if name.startswith("array") == heavy]
+    names = [name for name in families.FAMILIES if name.startswith("array") == heavy]
     events = 20 if heavy else 2000
     run = subprocess.run(
         command("--rounds", "1", "--events", str(events), "--families", ",".join(names), "--json", "-"),
         check=True, env=ENVIRONMENT, capture_output=True, text=True,
     )  # fmt: skip
-    results = json.loads(run.stdout)["results"]
-    assert [result["family"] for result in results] == names
-    for result in results:
+    found = json.loads(run.stdout)["results"]
+    assert [result["family"] for result in found] == names
+    for result in found:
         assert result["events"] == events
-        assert set(result["values"]) == set(bench.SIDES)
+        assert set(result["values"]) == set(results.SIDES)
         assert all(len(values) == 1 and values[0] > 0 for values in (*result["values"].values(), result["ratios"]))
 
 
@@ -117,14 +120,16 @@ def test_a_peer_that_is_installed_is_measured_too(peer: str) -> None:
 def test_peers_stand_below_their_family() -> None:
     result = bench.compare("throughput-1", 10, {**VALUES, "pyzmq": [250.0, 400.0, 300.0]})
     assert result.peers == {"pyzmq": 2.0}
-    assert bench.table([result]).splitlines()[2].split() == ["pyzmq", "300", "(250..400)", "2.00"]
+    assert results.table([result]).splitlines()[2].split() == ["pyzmq", "300", "(250..400)", "2.00"]
 
 
-@pytest.mark.parametrize("side", list(bench.SIDES))
+@pytest.mark.parametrize("side", list(results.SIDES))
 @pytest.mark.timeout(60)
 def test_an_interrupt_leaves_no_process(side: str) -> None:
-    others = [name for name in bench.SIDES if name != side]
-    script = f"import bench; bench.FAMILIES['throughput-1'].sides.pop({others[0]!r}); bench.measure('throughput-1', 1, 50_000_000)"
+    others = [name for name in results.SIDES if name != side]
+    script = (
+        f"import bench, families; families.FAMILIES['throughput-1'].sides.pop({others[0]!r}); bench.measure('throughput-1', 1, 50_000_000)"
+    )
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(BENCH.parent), ENVIRONMENT["PYTHONPATH"]])}
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
     try:
