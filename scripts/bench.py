@@ -5,9 +5,10 @@
     python scripts/bench.py --families throughput-1,roundtrip --peers   other packages too, as far as they are installed
     python scripts/bench.py --events 20000 --rounds 3 --json -       all values, for a program
 
-Each family has two sides: "baseline", mostly plain multiprocessing queues in two hops, and "mphub". Of the families "keys", "patterns" and
-"stuck-*" the baseline is mphub itself, in the usual case. sides.py is what is opened, families.py what is measured on it, peers.py the
-other packages, results.py what is told.
+Each family has two sides: "baseline", mostly plain multiprocessing queues in two hops, and "mphub". Of "keys", "patterns" and "stuck-*" the
+baseline is mphub itself, in the usual case; of "work-*" it is the same work in bare processes, with no queue. "roundtrip" asks a hub that
+idles, "roundtrip-hot" one that has just answered. sides.py is what is opened, families.py what is measured on it, peers.py the other
+packages, results.py what is told.
 
 Rates differ from machine to machine and from minute to minute: what counts is the ratio within a round. Each measurement is a process of
 its own, and the sides take turns. What they start is started and warm before the clock runs; everything else is measured, until each
@@ -30,6 +31,7 @@ from pathlib import Path
 from families import FAMILIES, PEERS_IN, USUAL, opener
 from peers import PEERS
 from results import SIDES, Result, as_json, machine, table
+from sides import loops_of_a_millisecond
 
 
 def compare(name: str, events: int, values: dict[str, list[float]]) -> Result:
@@ -37,7 +39,7 @@ def compare(name: str, events: int, values: dict[str, list[float]]) -> Result:
     family = FAMILIES[name]
     ratios = {side: ratios_of(values["mphub"], values[side], family.less_is_better) for side in values if side != "mphub"}
     peers = {side: statistics.median(found) for side, found in ratios.items() if side != "baseline"}
-    return Result(name, family.unit, events, values, ratios["baseline"], statistics.median(ratios["baseline"]), peers)
+    return Result(name, family.unit, events, values, ratios["baseline"], statistics.median(ratios["baseline"]), peers, family.target)
 
 
 def ratios_of(ours: list[float], theirs: list[float], less_is_better: bool) -> list[float]:
@@ -48,6 +50,7 @@ def ratios_of(ours: list[float], theirs: list[float], less_is_better: bool) -> l
 
 def measure(name: str, rounds: int, events: int | None, peers: Sequence[str] = ()) -> Result:
     """Let the sides take turns."""
+    loops_of_a_millisecond()  # found here, so that both sides do the same work
     events = events or FAMILIES[name].events
     others = [peer for peer in peers if name in PEERS_IN]
     values: dict[str, list[float]] = {side: [] for side in (*FAMILIES[name].sides, *others)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 from peers import PEERS
@@ -15,6 +15,7 @@ from sides import (
     Opened,
     Side,
     array,
+    bare,
     beside_a_stuck_one,
     crowded,
     many_keys,
@@ -22,9 +23,14 @@ from sides import (
     mphub,
     two_hop,
     with_peer,
+    workers,
 )
 
 WARM_UP = 1000
+IDLE = 0.0003
+"""Seconds before each question, in which everybody has gone to sleep."""
+
+Sides = dict[str, Callable[[], Opened]]
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,17 @@ class Family:
     unit: str
     events: int
     measure: Callable[[Side, int], float]
-    sides: Mapping[str, Callable[[], Opened]]
+    sides: Sides
+    target: float | None = None  # times better than the baseline, at least
     less_is_better: bool = False
 
 
 # -- ways to a figure
 
 
-def throughput(side: Side, events: int) -> float:
+def throughput(side: Side, events: int, warm_up: int = WARM_UP) -> float:
     """Return deliveries a second."""
-    side.publish(min(WARM_UP, events))
+    side.publish(min(warm_up, events))
     before = side.ask()
     began = time.perf_counter()
     side.publish(events)
@@ -53,16 +60,18 @@ def throughput(side: Side, events: int) -> float:
     return events * len(after) / seconds
 
 
-def roundtrip(side: Side, events: int, share: float) -> float:
-    """Return a percentile of the microseconds from a question to its answer, one after the other."""
+def roundtrip(side: Side, events: int, share: float, pause: float) -> float:
+    """Return a percentile of the microseconds from a question to its answer, one after the other, with a pause (seconds) before each."""
     side.publish(WARM_UP)
-    took = []
-    for _ in range(WARM_UP + events):
+    took, warm_up = [], min(WARM_UP, events)
+    for _ in range(warm_up + events):
+        if pause:
+            time.sleep(pause)
         began = time.perf_counter()
         answers = side.ask()
         took.append(time.perf_counter() - began)
         must_be(answers, [WARM_UP])
-    return sorted(took[WARM_UP:])[int(share * events)] * 1e6
+    return sorted(took[warm_up:])[int(share * events)] * 1e6
 
 
 def must_be(got: list[int], expected: list[int]) -> None:
@@ -74,37 +83,52 @@ def must_be(got: list[int], expected: list[int]) -> None:
 # -- the families
 
 
-def against_two_hop(unit: str, subscribers: int, events: int = 300_000, publishers: int = 0) -> Family:
-    sides: dict[str, Callable[[], Opened]] = {"baseline": lambda: two_hop(subscribers), "mphub": lambda: mphub(subscribers)}
-    if publishers:
-        sides = {name: partial(crowded, publishers, opened) for name, opened in sides.items()}
-    return Family(unit, events, throughput, sides)
+def against_two_hop(unit: str, subscribers: int, target: float, events: int = 300_000) -> Family:
+    return Family(unit, events, throughput, {"baseline": lambda: two_hop(subscribers), "mphub": lambda: mphub(subscribers)}, target)
 
 
-def asked(unit: str, share: float) -> Family:
-    sides = {"baseline": lambda: two_hop(1), "mphub": lambda: mphub(1)}
-    return Family(unit, 5_000, partial(roundtrip, share=share), sides, less_is_better=True)
+def by_publishers(publishers: int, family: Family) -> Family:
+    """Let other processes publish."""
+    return replace(family, sides={name: partial(crowded, publishers, opened) for name, opened in family.sides.items()})
 
 
-def against_itself(unit: str, special: Callable[[], Opened], usual: Callable[[], Opened] = lambda: mphub(1)) -> Family:
-    return Family(unit, 300_000, throughput, {"baseline": usual, "mphub": special})
+def asked(unit: str, share: float, pause: float, target: float | None = None) -> Family:
+    sides: Sides = {"baseline": lambda: two_hop(1), "mphub": lambda: mphub(1)}
+    return Family(unit, 5_000, partial(roundtrip, share=share, pause=pause), sides, target, less_is_better=True)
+
+
+def against_itself(unit: str, special: Callable[[], Opened], target: float | None = None) -> Family:
+    return Family(unit, 300_000, throughput, {"baseline": lambda: mphub(1), "mphub": special}, target)
+
+
+def at_work(unit: str, subscribers: int, target: float) -> Family:
+    sides: Sides = {"baseline": lambda: bare(subscribers), "mphub": lambda: workers(subscribers)}
+    return Family(unit, 2_000, partial(throughput, warm_up=100), sides, target)
 
 
 FAMILIES = {
-    "throughput-1": against_two_hop("events/s to 1 subscriber", 1),
-    "throughput-4": against_two_hop("deliveries/s to 4 subscribers", 4),
-    "throughput-16": against_two_hop("deliveries/s to 16 subscribers", 16, 60_000),
-    "publishers-4": against_two_hop("events/s from 4 publishers to 1 subscriber", 1, publishers=4),
-    "roundtrip": asked("us from question to answer, median", 0.5),
-    "roundtrip-p99": asked("us from question to answer, 99th percentile", 0.99),
+    "throughput-1": against_two_hop("events/s to 1 subscriber", 1, target=8),
+    "throughput-4": against_two_hop("deliveries/s to 4 subscribers", 4, target=26),
+    "throughput-16": against_two_hop("deliveries/s to 16 subscribers", 16, target=32, events=60_000),
+    "publishers-4": by_publishers(4, against_two_hop("events/s from 4 publishers to 1 subscriber", 1, target=7)),
+    "roundtrip": asked("us from question to answer, median", 0.5, IDLE, target=1 / 1.2),
+    "roundtrip-p99": asked("us from question to answer, 99th percentile", 0.99, IDLE, target=1 / 1.5),
     "array-4": Family(
         "deliveries/s of an 8 MB array to 4 subscribers, each looks at a part",
         200,
         throughput,
         {"baseline": lambda: two_hop(4, array()), "mphub": lambda: mphub(4, payload=array())},
+        target=15,
     ),
-    "keys": against_itself(f"events/s of {KEYS:,} keys in turn, against one key", many_keys),
-    "patterns": against_itself(f"events/s of a key among {PATTERNS:,} patterns, against one", many_patterns),
+    "keys": against_itself(f"events/s of {KEYS:,} keys in turn, against one key", many_keys, target=0.6),
+    "patterns": against_itself(f"events/s of a key among {PATTERNS:,} patterns, against one", many_patterns, target=0.7),
+    "work-1ms": at_work("events/s of 1 ms of work, against a bare process", 1, target=0.97),
+    "work-1ms-2": at_work("events/s of 1 ms of work to 2 subscribers, against 2 bare processes", 2, target=0.95),
+}
+USUAL = list(FAMILIES)
+FAMILIES |= {
+    "roundtrip-hot": asked("us from question to answer, no pause between, median", 0.5, pause=0),
+    "roundtrip-hot-p99": asked("us from question to answer, no pause between, 99th percentile", 0.99, pause=0),
 }
 FAMILIES |= {
     f"stuck-{how.replace(' ', '-')}": against_itself(
@@ -114,7 +138,6 @@ FAMILIES |= {
 }
 PEERS_IN = ("throughput-1", "roundtrip", "roundtrip-p99")
 """Families in which other packages can be measured too."""
-USUAL = [name for name in FAMILIES if not name.startswith("stuck-")]
 
 
 def opener(family: str, side: str) -> Callable[[], Opened]:

@@ -27,14 +27,24 @@ class Result:
     ratio: float
     peers: dict[str, float]
     """Median of how many times better mphub is than each."""
+    target: float | None = None
+    """The ratio that is expected, at least."""
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.target, self.target is None or self.ratio >= self.target, ">=")
+
+
+def verdict(expected: float | None, holds: bool, sign: str) -> str:
+    return "" if expected is None else f"{sign} {expected:<5.3g} {'holds' if holds else 'FAILS'}"
 
 
 def table(results: Sequence[Result]) -> str:
-    """Lay out medians, each with the least and the greatest."""
-    rows = [f"{'median (min..max)':<18}{'baseline':>28}{'mphub':>34}{'times better':>22}"]
+    """Lay out medians, each with the least and the greatest, and what is expected of the ratio."""
+    rows = [f"{'median (min..max)':<18}{'baseline':>28}{'mphub':>34}{'times better':>22}  {'expected':<14}"]
     for one in results:
         baseline, mphub = (spread(one.values[side]) for side in SIDES)
-        rows.append(f"{one.family:<18}{baseline:>28}{mphub:>34}{spread(one.ratios, '.2f'):>22}  {one.unit}")
+        rows.append(f"{one.family:<18}{baseline:>28}{mphub:>34}{spread(one.ratios, '.2f'):>22}  {one.verdict:<14}  {one.unit}")
         rows += [f"  {peer:<16}{spread(one.values[peer]):>28}{'':>34}{ratio:>10.2f}" for peer, ratio in one.peers.items()]
     return "\n".join(rows)
 

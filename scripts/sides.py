@@ -13,6 +13,8 @@ import multiprocessing
 import os
 import signal
 import time
+import timeit
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +33,10 @@ LARGE = 10_000
 """Elements of a payload that is looked at."""
 STUCK = 1000
 """Events that a stuck subscriber's inbox takes."""
+BLOCK = b"x" * 4096
+"""Stays in the nearest cache, and is too short for crc32 to let go of the interpreter lock."""
+LOOPS = "BENCH_LOOPS"
+"""The environment variable that hands on how much work a millisecond is."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ def sleep_for_ever(_: object) -> None:
 def published_by(processes: int, opened: Opened) -> Iterator[Side]:
     """Let other processes publish, all at once."""
     with opened as side, contextlib.ExitStack() as stack:
-        lines = [stack.enter_context(publisher(side)) for _ in range(processes)]
+        lines = [stack.enter_context(forked(obey, side)) for _ in range(processes)]
 
         def all_do(what: str, events: int) -> list[Any]:
             for line in lines:
@@ -207,9 +213,10 @@ def published_by(processes: int, opened: Opened) -> Iterator[Side]:
 
 
 @contextlib.contextmanager
-def publisher(side: Side) -> Iterator[Any]:
+def forked(target: Callable[..., NoReturn], *arguments: object) -> Iterator[Any]:
+    """Start a process with a pipe as its last argument, and yield the other end."""
     ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=obey, args=(side, theirs), daemon=True)
+    process = FORK.Process(target=target, args=(*arguments, theirs), daemon=True)
     process.start()
     try:
         yield ours
@@ -226,3 +233,74 @@ def obey(side: Side, line: Any) -> NoReturn:
 
 def crowded(publishers: int, opened: Callable[[], Opened]) -> Opened:
     return published_by(publishers, opened())
+
+
+# -- handlers that work
+
+
+def work(loops: int) -> None:
+    """Compute so much: in C, as a Python loop is a tenth faster in one process than in the next."""
+    for _ in range(loops):
+        zlib.crc32(BLOCK)
+
+
+def loops_of_a_millisecond() -> int:
+    """Return how many loops of ``work`` take that long, found by the first who asks, for itself and all that it starts."""
+    if LOOPS not in os.environ:
+        os.environ[LOOPS] = str(round(1000 * 0.001 / min(timeit.repeat(lambda: work(1000), number=1, repeat=50))))
+    return int(os.environ[LOOPS])
+
+
+class Worker(Subscriber[int | None, int]):
+    """Works for as many loops as an event says."""
+
+    handled = 0
+
+    def handle(self, loops: int | None) -> int:
+        if loops is not None:
+            work(loops)
+            self.handled += 1
+        return self.handled
+
+
+@contextlib.contextmanager
+def workers(subscribers: int) -> Iterator[Side]:
+    """Open a hub whose subscribers each have a key of their own, and a millisecond of work for each event."""
+    hub, loops = EventHub(name="bench"), loops_of_a_millisecond()
+    keys = [hub.subscribe(f"work.{number}", Worker, name=f"worker-{number}").keys[0] for number in range(subscribers)]
+
+    def publish(events: int) -> None:
+        for _ in range(events):
+            for key in keys:
+                hub.publish(key, loops)
+
+    with hub:
+        yield Side(publish, lambda: [reply.result() for reply in [hub.request(key, None) for key in keys]])
+
+
+@contextlib.contextmanager
+def bare(processes: int) -> Iterator[Side]:
+    """Open processes that do the work of ``workers`` with no queue: they are told how often, and that is all."""
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(forked(toil, loops_of_a_millisecond())) for _ in range(processes)]
+
+        def tell_all(events: int) -> None:
+            for line in lines:
+                line.send(events)
+
+        def ask() -> list[int]:
+            tell_all(0)
+            return [line.recv() for line in lines]
+
+        yield Side(tell_all, ask)
+
+
+def toil(loops: int, line: Any) -> NoReturn:
+    handled = 0
+    while True:
+        events = line.recv()
+        for _ in range(events):
+            work(loops)
+            handled += 1
+        if not events:
+            line.send(handled)
