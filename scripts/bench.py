@@ -7,12 +7,14 @@
 
 Each family has two sides: "baseline", mostly plain multiprocessing queues in two hops, and "mphub". Of "keys", "patterns" and "stuck-*" the
 baseline is mphub itself, in the usual case; of "work-*" it is the same work in bare processes, with no queue. "roundtrip" asks a hub that
-idles, "roundtrip-hot" one that has just answered. sides.py is what is opened, families.py what is measured on it, peers.py the other
-packages, results.py what is told.
+idles, "roundtrip-hot" one that has just answered. Figures of one hub ("start-8" and those that follow) have a limit instead of a baseline.
 
 Rates differ from machine to machine and from minute to minute: what counts is the ratio within a round. Each measurement is a process of
 its own, and the sides take turns. What they start is started and warm before the clock runs; everything else is measured, until each
 subscriber has told how many events it has handled. A miscount is an error, never a figure.
+
+sides.py is what is opened, families.py what is measured on it, figures.py what is measured of one hub, peers.py the other packages,
+results.py what is told.
 """
 
 from __future__ import annotations
@@ -22,59 +24,56 @@ import contextlib
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from families import FAMILIES, PEERS_IN, USUAL, opener
+from families import FAMILIES, PEERS_IN, USUAL, Family
+from figures import FIGURES, Curve, Figure
 from peers import PEERS
-from results import SIDES, Result, as_json, machine, table
+from results import Absolute, Report, Result, form_of
 from sides import loops_of_a_millisecond
 
-
-def compare(name: str, events: int, values: dict[str, list[float]]) -> Result:
-    """Put the rounds of one family side by side."""
-    family = FAMILIES[name]
-    ratios = {side: ratios_of(values["mphub"], values[side], family.less_is_better) for side in values if side != "mphub"}
-    peers = {side: statistics.median(found) for side, found in ratios.items() if side != "baseline"}
-    return Result(name, family.unit, events, values, ratios["baseline"], statistics.median(ratios["baseline"]), peers, family.target)
+MEASURED: dict[str, Family | Figure | Curve] = {**FAMILIES, **FIGURES}
 
 
-def ratios_of(ours: list[float], theirs: list[float], less_is_better: bool) -> list[float]:
-    """Return, round by round, how many times better ours is."""
-    pairs = zip(theirs, ours, strict=True) if less_is_better else zip(ours, theirs, strict=True)
-    return [a / b for a, b in pairs]
-
-
-def measure(name: str, rounds: int, events: int | None, peers: Sequence[str] = ()) -> Result:
-    """Let the sides take turns."""
+def measure(name: str, rounds: int, events: int | None, peers: Sequence[str] = ()) -> Result | Absolute:
+    """Let the sides, or the points of a curve, take turns."""
     loops_of_a_millisecond()  # found here, so that both sides do the same work
-    events = events or FAMILIES[name].events
-    others = [peer for peer in peers if name in PEERS_IN]
-    values: dict[str, list[float]] = {side: [] for side in (*FAMILIES[name].sides, *others)}
+    what = MEASURED[name]
+    events = amount(name, events)
+    runs = [*what.runs, *(peer for peer in peers if name in PEERS_IN)]
+    values: dict[str, list[float]] = {}
     for number in range(1, rounds + 1):
-        for side, found in values.items():
-            found.append(measure_apart(name, side, events))
-        print(f"{name} {number}/{rounds}:", ", ".join(f"{side} {found[-1]:,.0f}" for side, found in values.items()), file=sys.stderr)
-    return compare(name, events, values)
+        for run in runs:
+            for part, value in measure_apart(name, run, events).items():
+                values.setdefault(part, []).append(value)
+        told = (f"{part} {found[-1]:{form_of(found)}}" for part, found in values.items())
+        print(f"{name} {number}/{rounds}:", ", ".join(told), file=sys.stderr)
+    return what.result(name, events, values)
 
 
-def measure_apart(name: str, side: str, events: int) -> float:
+def amount(name: str, events: int | None) -> int:
+    """Return how many events: no more than usual for a figure of one hub, whose limit is for so many."""
+    usual = MEASURED[name].events
+    return usual if events is None or (name in FIGURES and events > usual) else events
+
+
+def measure_apart(name: str, run: str, events: int) -> dict[str, float]:
     """Measure in a fresh process, which leaves none behind, whatever happens."""
-    events = max(1, int(events * (PEERS[side].share if side in PEERS else 1)))
-    command = [sys.executable, __file__, "--one", f"{name}/{side}", "--events", str(events)]
+    events = max(1, int(events * (PEERS[run].share if run in PEERS else 1)))
+    command = [sys.executable, __file__, "--one", f"{name}/{run}", "--events", str(events)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0) as process:
         try:
             out, err = process.communicate(timeout=60 + events / 500)
         except subprocess.TimeoutExpired as error:
-            raise SystemExit(f"bench: {name}/{side} has not ended after {error.timeout:.0f} s: no figure") from None
+            raise SystemExit(f"bench: {name}/{run} has not ended after {error.timeout:.0f} s: no figure") from None
         finally:
             end(process)
     if process.returncode:
-        raise SystemExit(f"bench: {name}/{side} ended with {process.returncode}: no figure\n{err}")
-    return float(json.loads(out)["value"])
+        raise SystemExit(f"bench: {name}/{run} ended with {process.returncode}: no figure\n{err}")
+    return dict(json.loads(out))
 
 
 def end(process: subprocess.Popen[str]) -> None:
@@ -90,9 +89,9 @@ def end(process: subprocess.Popen[str]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def falls_short(results: Sequence[Result], least: float) -> bool:
+def falls_short(report: Report, least: float) -> bool:
     """Tell whether ``throughput-1`` is below the least ratio, and say so."""
-    found = next(one.ratio for one in results if one.family == "throughput-1")
+    found = next(one.ratio for one in report.results if one.family == "throughput-1")
     if found >= least:
         return False
     print(f"bench: got {found:.2f} times the baseline in throughput-1; expected at least {least:g}", file=sys.stderr)
@@ -107,21 +106,23 @@ def whole(text: str) -> int:
 
 def families(text: str) -> list[str]:
     for name in text.split(","):
-        if name not in FAMILIES:
-            raise argparse.ArgumentTypeError(f"got {name!r}; expected some of {','.join(FAMILIES)}")
+        if name not in MEASURED:
+            raise argparse.ArgumentTypeError(f"got {name!r}; expected some of {','.join(MEASURED)}")
     return text.split(",")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; exits with 2 on nonsense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    usual = [*USUAL, *FIGURES]
+    others = ",".join(name for name in MEASURED if name not in usual)
     add = parser.add_argument
-    add("--families", type=families, default=USUAL, metavar="A,B", help=f"default: {','.join(USUAL)}; or of: {','.join(FAMILIES)}")
+    add("--families", type=families, default=usual, metavar="A,B", help=f"default: {','.join(usual)}; there are also {others}")
     add("--rounds", type=whole, default=5, metavar="N", help="measurements of each side; default: 5")
-    add("--events", type=whole, metavar="N", help="events a measurement; default: as many as suit the family")
+    add("--events", type=whole, metavar="N", help="events a measurement; default, and the most for figures of one hub: what suits it")
     add("--json", metavar="FILE", help="write all values there; - for stdout, instead of the table")
     add("--check", type=float, metavar="RATIO", help="exit with 1 if throughput-1 is less than so many times the baseline")
-    add("--one", choices=[f"{family}/{side}" for family in FAMILIES for side in (*SIDES, *PEERS)], help=argparse.SUPPRESS)
+    add("--one", choices=[f"{name}/{run}" for name, what in MEASURED.items() for run in (*what.runs, *PEERS)], help=argparse.SUPPRESS)
     add("--peers", action="store_true", help="measure the other packages that are installed too")
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -142,21 +143,17 @@ def main() -> int:
     for name in PEERS if options.peers else ():
         if name not in peers:
             print(f"bench: {name} is not installed: not run", file=sys.stderr)
-    results = [measure(name, options.rounds, options.events, peers) for name in options.families]
-    print(as_json(results) if options.json == "-" else f"{machine()}\n{table(results)}")
+    report = Report.of([measure(name, options.rounds, options.events, peers) for name in options.families])
+    print(report.as_json() if options.json == "-" else report.as_table())
     if options.json not in (None, "-"):
-        Path(options.json).write_text(as_json(results) + "\n")
-    return int(options.check is not None and falls_short(results, options.check))
+        Path(options.json).write_text(report.as_json() + "\n")
+    return int(options.check is not None and falls_short(report, options.check))
 
 
 def measure_here(what: str, events: int | None) -> int:
-    """Measure in this process, and print the figure as a line of JSON."""
-    name, side = what.split("/")
-    family = FAMILIES[name]
-    events = events or family.events
-    with opener(name, side)() as opened:
-        value = family.measure(opened, events)
-    print(json.dumps({"family": name, "side": side, "events": events, "value": value}))
+    """Measure in this process, and print the figures as a line of JSON."""
+    name, run = what.split("/")
+    print(json.dumps(MEASURED[name].run(run, amount(name, events))))
     return 0
 
 

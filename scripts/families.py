@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from peers import PEERS
-from results import SIDES
+from results import Result
 from sides import (
     KEYS,
     PATTERNS,
@@ -44,6 +45,28 @@ class Family:
     target: float | None = None  # times better than the baseline, at least
     less_is_better: bool = False
 
+    @property
+    def runs(self) -> list[str]:
+        return list(self.sides)
+
+    def run(self, side: str, events: int) -> dict[str, float]:
+        """Open a side, one of the two or a peer, and measure it."""
+        opened = self.sides[side] if side in self.sides else partial(with_peer, PEERS[side])
+        with opened() as one:
+            return {side: self.measure(one, events)}
+
+    def result(self, name: str, events: int, values: dict[str, list[float]]) -> Result:
+        """Put the rounds side by side."""
+        ratios = {side: self.ratios(values["mphub"], values[side]) for side in values if side != "mphub"}
+        medians = {side: statistics.median(found) for side, found in ratios.items()}
+        ratio = medians.pop("baseline")
+        return Result(name, self.unit, events, values, ratios["baseline"], ratio, medians, self.target)
+
+    def ratios(self, ours: list[float], theirs: list[float]) -> list[float]:
+        """Return, round by round, how many times better ours is."""
+        pairs = zip(theirs, ours, strict=True) if self.less_is_better else zip(ours, theirs, strict=True)
+        return [a / b for a, b in pairs]
+
 
 # -- ways to a figure
 
@@ -74,7 +97,7 @@ def roundtrip(side: Side, events: int, share: float, pause: float) -> float:
     return sorted(took[warm_up:])[int(share * events)] * 1e6
 
 
-def must_be(got: list[int], expected: list[int]) -> None:
+def must_be(got: Sequence[object], expected: Sequence[object]) -> None:
     """Refuse the figure of a run that lost or doubled something."""
     if got != expected:
         raise SystemExit(f"bench: counted {got}, expected {expected}: no figure")
@@ -138,8 +161,3 @@ FAMILIES |= {
 }
 PEERS_IN = ("throughput-1", "roundtrip", "roundtrip-p99")
 """Families in which other packages can be measured too."""
-
-
-def opener(family: str, side: str) -> Callable[[], Opened]:
-    """Return what opens a side: one of the family's two, or a peer."""
-    return FAMILIES[family].sides[side] if side in SIDES else partial(with_peer, PEERS[side])
