@@ -1,9 +1,10 @@
 """Measure mphub against the queues that people wire by hand, side by side in one run.
 
-    python scripts/bench.py                                          every family, five rounds: some minutes
-    python scripts/bench.py --families throughput-1 --check 5        exit code 1 below five times the baseline
+    python scripts/bench.py                                             everything, five rounds: some twenty minutes
+    python scripts/bench.py --families throughput-1 --check 5           exit code 1 below five times the baseline
     python scripts/bench.py --families throughput-1,roundtrip --peers   other packages too, as far as they are installed
-    python scripts/bench.py --events 20000 --rounds 3 --json -       all values, for a program
+    python scripts/bench.py --families start-8,recovery --rounds 3      figures of one hub
+    python scripts/bench.py --json results.json --plots plots           all values, and drawings of them; make bench: docs/plots
 
 Each family has two sides: "baseline", mostly plain multiprocessing queues in two hops, and "mphub". Of "keys", "patterns" and "stuck-*" the
 baseline is mphub itself, in the usual case; of "work-*" it is the same work in bare processes, with no queue. "roundtrip" asks a hub that
@@ -14,7 +15,7 @@ its own, and the sides take turns. What they start is started and warm before th
 subscriber has told how many events it has handled. A miscount is an error, never a figure.
 
 sides.py is what is opened, families.py what is measured on it, figures.py what is measured of one hub, peers.py the other packages,
-results.py what is told.
+results.py what is told, plots.py what is drawn.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import plots
 from families import FAMILIES, PEERS_IN, USUAL, Family
 from figures import FIGURES, Curve, Figure
 from peers import PEERS
@@ -121,16 +123,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=whole, default=5, metavar="N", help="measurements of each side; default: 5")
     add("--events", type=whole, metavar="N", help="events a measurement; default, and the most for figures of one hub: what suits it")
     add("--json", metavar="FILE", help="write all values there; - for stdout, instead of the table")
+    add("--plots", type=Path, metavar="FOLDER", help="draw there, each figure as PNG and as SVG; needs pip install 'mphub[bench]'")
     add("--check", type=float, metavar="RATIO", help="exit with 1 if throughput-1 is less than so many times the baseline")
     add("--one", choices=[f"{name}/{run}" for name, what in MEASURED.items() for run in (*what.runs, *PEERS)], help=argparse.SUPPRESS)
     add("--peers", action="store_true", help="measure the other packages that are installed too")
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
-        parser.error(f"got {unknown[0]!r}; expected --families, --rounds, --events, --json, --check or --peers")
+        parser.error(f"got {unknown[0]!r}; expected --families, --rounds, --events, --json, --plots, --check or --peers")
     if found.check is not None and "throughput-1" not in found.families:
         parser.error(f"--check: got --families {','.join(found.families)}; expected throughput-1 among them")
     if found.json is not None and not Path(found.json).parent.is_dir():
         parser.error(f"--json: got {found.json!r}; expected a file in an existing folder, or -")
+    if found.plots is not None and (reason := plots.why_not(found.plots)):
+        parser.error(f"--plots: {reason}")
     return found
 
 
@@ -147,6 +152,8 @@ def main() -> int:
     print(report.as_json() if options.json == "-" else report.as_table())
     if options.json not in (None, "-"):
         Path(options.json).write_text(report.as_json() + "\n")
+    if options.plots:
+        plots.draw(report, options.plots)
     return int(options.check is not None and falls_short(report, options.check))
 
 

@@ -60,7 +60,7 @@ class Family:
         ratios = {side: self.ratios(values["mphub"], values[side]) for side in values if side != "mphub"}
         medians = {side: statistics.median(found) for side, found in ratios.items()}
         ratio = medians.pop("baseline")
-        return Result(name, self.unit, events, values, ratios["baseline"], ratio, medians, self.target)
+        return Result(name, self.unit, events, values, ratios["baseline"], ratio, medians, self.target, self.less_is_better)
 
     def ratios(self, ours: list[float], theirs: list[float]) -> list[float]:
         """Return, round by round, how many times better ours is."""

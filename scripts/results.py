@@ -31,6 +31,8 @@ class Result:
     """Median of how many times better mphub is than each."""
     target: float | None = None
     """The ratio that is expected, at least."""
+    less_is_better: bool = False
+    """Of the values; of ratios more is."""
 
     @property
     def verdict(self) -> str:

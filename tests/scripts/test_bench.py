@@ -114,6 +114,8 @@ def test_a_measurement_that_fails_gives_no_figure(monkeypatch: pytest.MonkeyPatc
         (["--check", "five"], "invalid float value: 'five'"),
         (["--check", "5", "--families", "roundtrip"], "got --families roundtrip; expected throughput-1"),
         (["--json", "no/such/folder/file"], "got 'no/such/folder/file'; expected a file in an existing folder"),
+        (["--plots", "no/such/folder"], "--plots: got 'no/such/folder'; expected a folder in an existing one"),
+        (["--plots", __file__], "which is a file; expected a folder"),
         (["--round", "3"], "got '--round'; expected --families, --rounds,"),
     ],
 )
