@@ -169,4 +169,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)
+        os._exit(130)  # a Queue interrupted in put() may have kept its lock, for which multiprocessing would wait at exit

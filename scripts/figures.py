@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -98,9 +98,9 @@ def pids_of(hub: EventHub) -> dict[str, int]:
     return {**found.pids, **{name: one.pids[0] for name, one in found.subscribers.items()}, "publisher": os.getpid()}
 
 
-def cpu_of(hub: EventHub) -> float:
+def cpu_of(pids: Mapping[str, int]) -> float:
     """Return the CPU seconds that they have used until now."""
-    return sum(cpu_seconds(pid) for pid in pids_of(hub).values())
+    return sum(map(cpu_seconds, pids.values()))
 
 
 def cpu_seconds(pid: int) -> float:
@@ -182,9 +182,10 @@ def idle_hub() -> Iterator[EventHub]:
 def idle_cpu(milliseconds: int) -> dict[str, float]:
     """Return the percentage of a core."""
     with idle_hub() as hub:
-        began, before = time.perf_counter(), cpu_of(hub)
+        pids = pids_of(hub)
+        began, before = time.perf_counter(), cpu_of(pids)
         time.sleep(milliseconds / 1000)
-        return {"all processes": (cpu_of(hub) - before) / (time.perf_counter() - began) * 100}
+        return {"all processes": (cpu_of(pids) - before) / (time.perf_counter() - began) * 100}
 
 
 def idle_uss(_: int) -> dict[str, float]:
@@ -266,10 +267,11 @@ def cpu_to(subscribers: int, deliveries: int) -> float:
         side = side_of(hub, list(hub.subscriptions))
         side.publish(WARM_UP)
         must_be(side.ask(), [WARM_UP] * subscribers)
-        before = cpu_of(hub)
+        pids = pids_of(hub)
+        before = cpu_of(pids)
         side.publish(events)
         counted = side.ask()
-        took = cpu_of(hub) - before
+        took = cpu_of(pids) - before
         must_be(counted, [WARM_UP + events] * subscribers)
     return took / (events * subscribers) * 1e6
 
@@ -299,23 +301,26 @@ def mapped(path: str) -> memoryview:
 def cpu_behind(waiting: int, events: int) -> float:
     """Return the microseconds of a delivery while so many others wait: one is published for each that is handled."""
     warm_up = min(20_000, events)
-    total = waiting + AHEAD + warm_up + 2 * events
-    with tempfile.NamedTemporaryFile(prefix="bench-") as file:
-        file.write(bytes(16))
-        file.flush()
-        gate = mapped(file.name)
-        with backlogged(partial(Gated, file.name), total) as hub:
-            for _ in range(waiting):
-                hub.publish(KEY, PAYLOAD)
-            hub.flush()
-            gate[0] = 1
-            published = keep_up(hub, gate, waiting, waiting, warm_up)
-            handled, before = gate[1], cpu_of(hub)
-            published = keep_up(hub, gate, waiting, published, handled + events)
-            handled, took = gate[1] - handled, cpu_of(hub) - before
-            hub.flush()
-            must_be_there(hub, published)
+    with gated() as (handler, gate), backlogged(handler, waiting + AHEAD + warm_up + 2 * events) as hub:
+        for _ in range(waiting):
+            hub.publish(KEY, PAYLOAD)
+        hub.flush()
+        pids, gate[0] = pids_of(hub), 1
+        published = keep_up(hub, gate, waiting, waiting, warm_up)
+        handled, before = gate[1], cpu_of(pids)
+        published = keep_up(hub, gate, waiting, published, handled + events)
+        handled, took = gate[1] - handled, cpu_of(pids) - before
+        hub.flush()
+        must_be_there(hub, published)
     return took / handled * 1e6
+
+
+@contextlib.contextmanager
+def gated() -> Iterator[tuple[Callable[[], Gated], memoryview]]:
+    """Yield a handler and its gate."""
+    with tempfile.NamedTemporaryFile(prefix="bench-") as file:
+        file.truncate(16)
+        yield partial(Gated, file.name), mapped(file.name)
 
 
 def keep_up(hub: EventHub, gate: memoryview, waiting: int, published: int, handled: int) -> int:
