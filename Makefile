@@ -12,16 +12,18 @@ help:
 	@echo "make run     start the supervisor script (FOLDER=..., KILL_EVERY=seconds)"
 	@echo "make test    run the tests"
 	@echo "make check   lint, types and tests"
-	@echo "make bench   measure (make bench-peers: other packages too)"
+	@echo "make bench   measure, some twenty minutes, and draw into docs/plots (make bench-peers: beside other packages)"
 
 venv: $(READY)
 
 # Some distributions ship Python without ensurepip: then the Python's own pip fills the environment.
+install = if $(BIN)/python -c 'import pip' 2>/dev/null; then $(BIN)/python -m pip install -e $(1); \
+	else $(PYTHON) -m pip --python $(BIN)/python install -e $(1); fi
+
 $(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "found no Python 3.11 or newer; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv || $(PYTHON) -m venv --without-pip .venv
-	if $(BIN)/python -c 'import pip' 2>/dev/null; then $(BIN)/python -m pip install -e '.[dev]'; \
-	else $(PYTHON) -m pip --python $(BIN)/python install -e '.[dev]'; fi
+	$(call install,'.[dev]')
 	@touch $@
 
 # The script reads FOLDER and KILL_EVERY; make hands them on from its environment and its command line.
@@ -38,8 +40,11 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
+# All values go to docs/plots/results.json; scripts/plots.py draws them again.
 bench: venv
-	$(BIN)/python scripts/bench.py
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || { $(call install,'.[bench]'); }
+	@mkdir -p docs/plots
+	$(BIN)/python scripts/bench.py --json docs/plots/results.json --plots docs/plots
 
 # Other packages on the same work, in an environment of their own. redis-server and nats-server are used if they are on the PATH
 # (`apt install redis-server nats-server`); without them, Redis Streams and NATS JetStream are not run.
