@@ -26,6 +26,7 @@ import psutil
 from families import WARM_UP, must_be
 from results import Absolute
 from sides import KEY, PAYLOAD, Counter, array, side_of
+from steps import cpu_seconds, roundtrip_steps, steps
 
 from mphub import EventHub, Inbox, Restart, Retry, Stop, Subscriber
 
@@ -101,11 +102,6 @@ def pids_of(hub: EventHub) -> dict[str, int]:
 def cpu_of(pids: Mapping[str, int]) -> float:
     """Return the CPU seconds that they have used until now."""
     return sum(map(cpu_seconds, pids.values()))
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return what all threads of a process have used, in nanoseconds' steps where others have ticks of ten milliseconds."""
-    return time.clock_gettime(~pid << 3 | 2)  # the clock that clock_getcpuclockid(3) names
 
 
 def own_memory(pid: int) -> float:
@@ -347,6 +343,8 @@ FIGURES: dict[str, Figure | Curve] = {
         {"supervisor": 300, "router": 300, "subscriber": 300, "publisher": 300, "disk": KEPT},
     ),
     "cpu-subscribers": Curve("us of CPU a delivery, all processes", 2_560_000, cpu_to, "subscribers", (1, 2, 4, 8, 16, 64)),
+    "steps": Figure("ns of CPU an event, among many", 300_000, steps, {}),
+    "roundtrip-steps": Figure("us of a round trip of an idle hub, and of CPU in it", 3_000, roundtrip_steps, {}),
     "cpu-backlog": Curve(
         "us of CPU a delivery, all processes", 200_000, cpu_behind, "events that wait", (0, 10_000, 100_000, 10**6, 5 * 10**6)
     ),

@@ -52,7 +52,7 @@ class Absolute:
     """What the parts count, if they are the points of a curve."""
 
     def verdict(self, part: str) -> str:
-        limit = self.limits[part]
+        limit = self.limits.get(part)
         return verdict(limit, limit is None or statistics.median(self.values[part]) <= limit, "<=")
 
 

@@ -10,6 +10,7 @@ import figures
 import pytest
 import results
 import sides
+import steps
 
 from tests.helpers import eventually
 
@@ -43,7 +44,8 @@ def test_a_point_of_a_curve_is_measured(name: str, point: str) -> None:
 
 
 def test_every_figure_is_measured_here() -> None:
-    assert {*SMALL, "recovery", "cpu-subscribers", "cpu-backlog"} == set(figures.FIGURES)
+    others = {"recovery", "cpu-subscribers", "cpu-backlog", "steps", "roundtrip-steps"}
+    assert {*SMALL, *others} == set(figures.FIGURES)
 
 
 def test_a_figure_of_one_hub_is_not_of_more_than_its_limit_is_for() -> None:
@@ -85,10 +87,18 @@ def test_the_greatest_sample_is_the_peak() -> None:
     assert greatest == {"height": 5.0}
 
 
+@pytest.mark.parametrize(("name", "whole"), [("steps", "publisher"), ("roundtrip-steps", "who asks")])
+def test_steps_name_what_each_process_used(name: str, whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "TIMES", 2000)
+    found = figures.FIGURES[name].run("mphub", 200)
+    assert {whole, "router", "subscriber"} <= found.keys()
+    assert all(found[part] > 0 for part in (whole, "router", "subscriber"))
+
+
 def test_cpu_is_that_of_the_process() -> None:
-    assert figures.cpu_seconds(os.getpid()) == pytest.approx(time.process_time(), abs=0.01)
+    assert steps.cpu_seconds(os.getpid()) == pytest.approx(time.process_time(), abs=0.01)
     with pytest.raises(OSError):
-        figures.cpu_seconds(NOBODY)
+        steps.cpu_seconds(NOBODY)
 
 
 def test_lost_events_give_no_figure() -> None:

@@ -13,8 +13,6 @@ import plots
 import pytest
 import results
 
-needs_matplotlib = pytest.mark.skipif(not plots.is_there(), reason="matplotlib is not installed")
-
 
 def report() -> results.Report:
     """Return made-up rounds of a family on each side of its target, with and without peers, and of figures and a curve."""
@@ -38,7 +36,6 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert results.load(tmp_path / "results.json") == report()
 
 
-@needs_matplotlib
 def test_everything_is_drawn_and_words_stay_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "results.json").write_text(report().as_json())
     monkeypatch.setattr(sys, "argv", ["plots.py", str(tmp_path / "results.json"), str(tmp_path / "plots")])
@@ -52,7 +49,6 @@ def test_everything_is_drawn_and_words_stay_words(tmp_path: Path, monkeypatch: p
     assert "recovery, p50" in drawn["limits"] and "51 of 50 ms" in drawn["limits"]
 
 
-@needs_matplotlib
 def test_the_same_results_give_the_same_file(tmp_path: Path) -> None:
     one = results.Report("machine", report().results[:1], [])
     for folder in ("a", "b"):
