@@ -159,7 +159,7 @@ class Connection:
             if not events or batch.mode is not PLAIN or self._held or self._ended is not None or size >= BLOB_MIN:
                 return EventId(self._base + self._add(check_key(str_of(key)), data, None, PLAIN))
             if key != batch.key:  # else it has been checked
-                batch.begin_run(check_key(str_of(key)))
+                batch.begin_run(check_key(key if type(key) is str else str_of(key)))
             place = len(events)
             number = batch.first_id + place
             size += batch.size

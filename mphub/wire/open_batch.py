@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from operator import sub
+from typing import Any
 
 from mphub.wire.frames import Extra
 
@@ -21,8 +22,8 @@ class OpenBatch:
         self.first, self.first_id = first, base + first
         """The number and the id of the first event."""
         self.events: list[bytes] = []
-        self.runs: list[tuple[str, int]] = []
-        """(key, place of its first event)."""
+        self.runs: list[str | int] = []
+        """A key, the place of its first event, a key, ...: one list, so that one step adds both."""
         self.key: str | None = None
         """That of the last run."""
         self.extras: dict[int, Extra] = {}
@@ -44,16 +45,14 @@ class OpenBatch:
 
     def begin_run(self, key: str) -> None:
         self.key = None  # an interrupt in here must not leave the next event to this run
-        self.runs.append((key, len(self.events)))
+        self.runs += (key, len(self.events))
         self.key = key
         self.size += len(key) + 8
 
     def counts(self) -> list[tuple[str, int]]:
         """Return the runs as (key, count)."""
-        runs = self.runs
-        if len(runs) == 1:
-            return [(runs[0][0], len(self.events))]
-        starts = [start for _, start in runs]
+        keys: list[Any] = self.runs[::2]
+        starts: list[Any] = self.runs[1::2]
         counts = list(map(sub, [*starts[1:], len(self.events)], starts))
-        found = list(zip([key for key, _ in runs], counts, strict=True))
+        found = list(zip(keys, counts, strict=True))
         return found if 0 not in counts else [run for run in found if run[1]]
