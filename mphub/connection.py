@@ -108,6 +108,8 @@ class Connection:
         self._sequence = self._written = 0
         """The last frames that were made and that were sent."""
         self._batch = OpenBatch(self._base, 1)
+        self._fillers = 0
+        """Threads that wait to send it."""
         self._unconfirmed: deque[tuple[int, bytes]] = deque()
         self._refused: dict[int, MphubError] = {}
         self._awaited: set[int] = set()
@@ -252,8 +254,12 @@ class Connection:
         self._send()
 
     def _wait_for_few(self) -> None:
-        while len(self._unconfirmed) >= MANY and self._ended is None:
-            self._changed.wait()
+        self._fillers += 1
+        try:
+            while len(self._unconfirmed) >= MANY and self._ended is None:
+                self._changed.wait()
+        finally:
+            self._fillers -= 1
         if self._ended is not None:
             raise self._ended
 
@@ -332,7 +338,7 @@ class Connection:
             return
         for sequence, data in [each for each in self._unconfirmed if each[0] > self._written]:
             if self._taken:
-                data = self._say_taken() + data
+                data = frames.frame(frames.REPLIES_TAKEN, self._all_taken()) + data
             failpoints.hit("publisher.half_sent", self._line.sock.send, data)
             try:
                 self._written = sequence
@@ -449,6 +455,24 @@ class Connection:
         elif kind == frames.CLOSED:
             self.end(HubClosed(f"hub {self.address.name!r} was stopped"))
 
+    def take_for(self, reply: Reply[Any], line: Line, kind: int, header: bytes, _: bytes) -> bool:
+        """Take a frame in the thread that waits for a reply, if it is that or a confirm that refuses nothing; say whether it was.
+
+        All else is for the reader's thread, which nobody interrupts: others wait for that, or have something called when it comes.
+        """
+        if kind == frames.CONFIRM:
+            confirm = _confirm.decode(header)
+            if not confirm.refused:
+                self._confirmed(confirm)
+            return not confirm.refused
+        if kind == frames.REPLY:
+            found = _reply.decode(header)
+            own = found.number == reply.id.number and found.number not in self._followed
+            if own:
+                self._answered(line, found)
+            return own
+        return False
+
     def _confirmed(self, confirm: Confirm) -> None:
         failpoints.hit("publisher.confirming")
         with self._lock:
@@ -468,24 +492,27 @@ class Connection:
                 self._send()
 
     def _is_due(self) -> bool:
-        """Say whether it is for the reader to send the batch: a large one is sent by who filled it, who hears of it if its file fails."""
-        return bool(self._batch.events) and len(self._unconfirmed) < FEW and self._batch.size < BATCH_BYTES
+        """Say whether it is for the reader to send the batch; a full one is sent by who filled it, if no interrupt has called that away."""
+        batch = self._batch
+        return bool(batch.events) and len(self._unconfirmed) < FEW and (batch.size < BATCH_BYTES or not self._fillers)
 
     def _answered(self, line: Line, reply: frames.Reply) -> None:
         future = self._replies.get(reply.number)
-        if future is not None and is_wanted(future):
+        if future is not None and future.claim():
             settle_reply(future, reply, self._blobs)
+        elif future is not None:
+            future.tell_again()
         with self._lock, contextlib.suppress(OSError):
             self._replies.pop(reply.number, None)  # not before it is settled: an interrupt in between lets it come again
             self._followed.discard(reply.number)
             self._taken.append(reply.number)
             self._taken_bytes += len(reply.body)
             if reply.blob is not None or len(self._taken) >= MANY_TAKEN or self._taken_bytes >= BLOB_MIN:
-                line.sock.sendall(self._say_taken())
+                line.send(frames.REPLIES_TAKEN, self._all_taken())
 
-    def _say_taken(self) -> bytes:
+    def _all_taken(self) -> bytes:
         taken, self._taken, self._taken_bytes = self._taken, [], 0
-        return frames.frame(frames.REPLIES_TAKEN, encode(RepliesTaken(taken)))
+        return encode(RepliesTaken(taken))
 
     def lose_line(self) -> None:
         """Send nothing for now: the reader looks for another stream."""
@@ -505,20 +532,16 @@ class Connection:
     # -- who waits for replies
 
     def follow(self, reply: Reply[Any]) -> None:
-        """Note that somebody waits for a reply who does not read."""
-        with self._lock:
-            if reply.id.number in self._replies:
-                self._followed.add(reply.id.number)
+        """Note that somebody waits for a reply who does not read; without the lock, which a publisher may have for long."""
+        number = reply.id.number
+        self._followed.add(number)
+        if number not in self._replies:
+            self._followed.discard(number)
 
     @property
     def is_waited_for(self) -> bool:
         """Say whether what the stream brings is wanted though nobody waits for it by reading."""
         return bool(self._followed or self._batch.events)
-
-
-def is_wanted(future: Reply[object]) -> bool:
-    """Say whether a reply has yet to be settled, and forbid to cancel it from now on."""
-    return future.running() or (not (future.done() and not future.cancelled()) and future.set_running_or_notify_cancel())
 
 
 def settle_reply(future: Reply[object], reply: frames.Reply, blobs: Blobs) -> None:

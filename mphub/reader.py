@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -71,7 +72,8 @@ class Reader:
     """Reads for a connection until that ends.
 
     Whoever waits for a reply reads for itself while the thread stands aside (leader and follower): a reply that comes by way of a second
-    thread costs another wake-up and a change of the GIL's owner, a fifth of a round trip.
+    thread costs another wake-up and a change of the GIL's owner, a fifth of a round trip. What is not for who waits makes the thread read
+    again.
     """
 
     def __init__(self, owner: Connection, dialer: Dialer, line: Line) -> None:
@@ -79,6 +81,8 @@ class Reader:
         self._lock = threading.Lock()
         self._leader = 0
         """The thread that reads for itself; set and cleared without a call on the way, which an interrupt could follow."""
+        self._led: Reply[Any] | None = None
+        """The reply that it waits for."""
         self._aside = False
         """The thread does not read."""
         self._came = False
@@ -102,11 +106,12 @@ class Reader:
         line: Line | None = self._line
         while line is not None and self._dialer.pid == os.getpid():
             self._stand_aside()
-            got = line.receive()
+            got = line.first()
             if got is None:
                 line = self._reconnect(line)
             else:
                 self._owner.take(line, *got)
+                line.drop(got)
 
     def _stand_aside(self) -> None:
         while not self._takes_over():
@@ -131,6 +136,11 @@ class Reader:
         self._owner.follow(reply)
         self.stir()
 
+    @property
+    def is_ours(self) -> bool:
+        """Say whether this is the process that reads: in a forked child no reply comes."""
+        return self._dialer.pid == os.getpid()
+
     # -- who waits for a reply
 
     def read_for(self, reply: Reply[Any], timeout: float | None) -> float | None:
@@ -142,29 +152,36 @@ class Reader:
             with self._lock:
                 self._came = True
                 if self._aside and not self._leader:
-                    self._leader = me
+                    self._leader, self._led = me, reply
             if self._leader == me:
-                self._read_until(reply, until, me)
-            else:
-                self.hand_back(reply)
-        except BaseException:  # an interrupt may have come between reading something and taking it: all is sent again on a new stream
-            if self._leader == me:
-                shut(self._line.sock)
-            raise
+                with contextlib.suppress(TimeoutError):
+                    self._read_until(reply, until, me)
+            if not reply.done():
+                self._owner.follow(reply)
         finally:
             if self._leader == me and not (nested and reply.done()):
-                self._leader = 0
-                if not reply.done() or self._owner.is_waited_for:
-                    self.stir()
+                self._leader, self._led = 0, None
+            if not reply.done() or self._owner.is_waited_for:
+                self.stir()
         return None if until is None else max(0.0, until - time.monotonic())
 
     def _read_until(self, reply: Reply[Any], until: float | None, me: int) -> None:
+        """Take what is for who waits; leave all else, and the end of the stream, to the thread.
+
+        A frame is dropped when it has been taken: if an interrupt comes before, the thread takes it again.
+        """
         line = self._line
-        while self._leader == me and not reply.done() and (until is None or line.is_readable(until - time.monotonic())):
-            got = line.receive()
-            if got is None:
-                return  # the thread finds that too, and connects anew
-            self._owner.take(line, *got)
+        while self._leader == me and not reply.done():
+            got = line.first(until)
+            if got is None or not self._owner.take_for(reply, line, *got):
+                return
+            if self._leader == me:
+                line.drop(got)
+
+    def give_up(self, reply: Reply[Any]) -> None:
+        """Let go who reads for a reply that is cancelled; on a new stream all that is unanswered comes again."""
+        if self._led is reply and self._leader != threading.get_ident():
+            shut(self._line.sock)
 
     # -- between two routers
 

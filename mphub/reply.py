@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
@@ -26,9 +28,17 @@ from mphub.events import EventId
 if TYPE_CHECKING:
     from mphub.reader import Reader
 
+log = logging.getLogger("mphub")
 R = TypeVar("R")
 AHEAD = 64
 """Requests that ``map`` has under way before the consumer takes a result."""
+
+
+class Firm(threading.Condition):
+    """A condition that an interrupt cannot leave locked: entering it and leaving it are one step each, in C."""
+
+    __enter__ = property(lambda self: self._lock.__enter__)
+    __exit__ = property(lambda self: self._lock.__exit__)
 
 
 class Reply(concurrent.futures.Future[R]):
@@ -42,6 +52,10 @@ class Reply(concurrent.futures.Future[R]):
     _reader: Reader | None = None
     """What reads the stream that it comes by; who waits for it may do that too."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._condition = Firm()
+
     def result(self, timeout: float | None = None) -> R:
         return super().result(self._read(timeout))
 
@@ -49,7 +63,37 @@ class Reply(concurrent.futures.Future[R]):
         return super().exception(self._read(timeout))
 
     def _read(self, timeout: float | None) -> float | None:
-        return timeout if self._reader is None or self.done() else self._reader.read_for(self, timeout)
+        return timeout if self._reader is None or self.done() or not self._reader.is_ours else self._reader.read_for(self, timeout)
+
+    def cancel(self) -> bool:
+        cancelled = super().cancel()
+        if cancelled and self._reader is not None:
+            self._reader.give_up(self)
+        return cancelled
+
+    def claim(self) -> bool:
+        """Say whether it has yet to be settled; from now on it cannot be cancelled."""
+        if self._state in ("PENDING", "CANCELLED"):
+            return self.set_running_or_notify_cancel()
+        return bool(self._state == "RUNNING")
+
+    def tell_again(self) -> None:
+        """Tell those who wait once more: an interrupt may have come between the result and that."""
+        with self._condition:
+            for waiter in self._waiters:
+                if self not in waiter.finished_futures:
+                    waiter.add_result(self)
+            self._condition.notify_all()
+        self._invoke_callbacks()
+
+    def _invoke_callbacks(self) -> None:
+        """Call each once, also if this is called once more."""
+        while self._done_callbacks:  # type: ignore[attr-defined]
+            callback = self._done_callbacks.pop(0)  # type: ignore[attr-defined]
+            try:
+                callback(self)
+            except Exception:
+                log.exception("calling %r for %r failed", callback, self)
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[R]], object]) -> None:
         super().add_done_callback(fn)

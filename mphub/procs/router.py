@@ -137,7 +137,7 @@ class Router:
         if self.exchange.letters.replies:
             self._send_replies()
         failpoints.hit("router.replied")
-        if self.to_confirm:
+        if self.to_confirm or self.confirm_at != math.inf:
             self._confirm()
         self._update_holds()
         failpoints.hit("router.confirmed")
@@ -211,6 +211,7 @@ class Router:
             peer.stream = None
         if isinstance(peer, PublisherPeer) and self.publishers.get(peer.hello.publisher) is peer:
             del self.publishers[peer.hello.publisher]
+        if isinstance(peer, PublisherPeer):
             self.to_confirm.discard(peer)
         stream.close()
 

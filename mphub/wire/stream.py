@@ -9,6 +9,7 @@ import select
 import selectors
 import socket
 import struct
+import time
 
 from mphub.wire.frames import HEAD, LAST, MAX_FRAME, MAX_WHOLE, PART, WIRE_KINDS, ProtocolError, frame
 
@@ -16,22 +17,12 @@ Frame = tuple[int, bytes, bytes]
 """(kind, header, body)."""
 READ_SIZE = 256 << 10
 SOCKET_BUFFER = 1 << 20
+LONGEST_POLL = 86_400.0
+"""Seconds; poll() knows milliseconds of 31 bits."""
 
 
-class Buffer:
-    """Where bytes arrive before their number is known: a new object of this size for each read costs a map, faults and an unmap."""
-
-    __slots__ = ("_view",)
-
-    def __init__(self) -> None:
-        self._view = memoryview(bytearray(READ_SIZE))
-
-    def read(self, sock: socket.socket) -> bytes:
-        return bytes(self._view[: sock.recv_into(self._view)])
-
-
-_shared = Buffer()
-"""For all streams of a loop, as one is read after the other."""
+_arrived = memoryview(bytearray(READ_SIZE))
+"""Where what a loop reads arrives, one stream after the other: a new object of this size for each read costs a map, faults and an unmap."""
 
 
 def cut(data: bytes, largest: int = MAX_FRAME) -> tuple[list[Frame], bytes]:
@@ -64,6 +55,11 @@ class Intake:
 
     def __len__(self) -> int:
         return len(self._rest) + self._size
+
+    def copy(self) -> Intake:
+        other = Intake()
+        other._rest, other._parts, other._size = self._rest, list(self._parts), self._size
+        return other
 
     def take(self, got: bytes) -> list[Frame]:
         """Return the frames that are whole now."""
@@ -115,7 +111,7 @@ class Stream:
     def read(self) -> list[Frame] | None:
         """Return the frames that arrived, or None at the end of the stream."""
         try:
-            got = _shared.read(self.sock)
+            got = bytes(_arrived[: self.sock.recv_into(_arrived)])
         except (BlockingIOError, InterruptedError):
             return []
         except OSError:
@@ -171,18 +167,21 @@ class Stream:
 
     def close(self) -> None:
         self._unsent.discard(self)
+        self._unsent = set()  # what is still written goes nowhere, and nobody flushes it
         self.sock.close()
 
 
 class Line:
     """The one connection of a process, used by blocking calls."""
 
-    __slots__ = ("_buffer", "_in", "_ready", "sock")
+    __slots__ = ("_in", "_ready", "_sizes", "_view", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         enlarge(sock)
         self.sock = sock
-        self._buffer = Buffer()
+        self._view = memoryview(bytearray(READ_SIZE))
+        self._sizes: list[int] = []
+        """How many bytes have arrived there, until frames are made of them."""
         self._in = Intake()
         self._ready: list[Frame] = []
 
@@ -200,28 +199,47 @@ class Line:
 
     def receive(self) -> Frame | None:
         """Return the next frame, or None at the end of the stream."""
-        while not self._ready:
-            try:
-                got = self._buffer.read(self.sock)
-            except OSError:
-                return None
-            if not got:
-                return None
-            self._ready = self._in.take(got)
-            self._ready.reverse()
-        return self._ready.pop()
+        got = self.first()
+        if got is not None:
+            self.drop(got)
+        return got
 
-    def is_readable(self, seconds: float) -> bool:
-        """Wait so long until there is something to read, be it the end; say whether there is."""
-        if self._ready:
-            return True
+    def first(self, until: float | None = None) -> Frame | None:
+        """Return the next frame and keep it, or None at the end of the stream; an interrupt (Ctrl-C) at any moment loses nothing.
+
+        Raises TimeoutError: it has not come by then, on the monotonic clock.
+        """
+        while not self._ready:
+            if not self._sizes:
+                if until is not None and not self._is_readable(until - time.monotonic()):
+                    raise TimeoutError
+                try:
+                    self._sizes.extend(map(self.sock.recv_into, (self._view,)))  # one step: read, and known to be
+                except OSError:
+                    return None
+            if not self._sizes[0]:
+                return None
+            intake = self._in.copy()
+            found = intake.take(bytes(self._view[: self._sizes[0]]))
+            found.reverse()
+            # no call in this line: an interrupt comes after one
+            self._in, self._ready, self._sizes = intake, found, []
+        return self._ready[-1]
+
+    def drop(self, frame: Frame) -> None:
+        """Take off the next frame, if it is still this one."""
+        if self._ready and self._ready[-1] is frame:
+            self._ready.pop()
+
+    def _is_readable(self, seconds: float) -> bool:
+        """Wait so long until something arrives, be it the end; say whether it has."""
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
-        return bool(poll.poll(max(0.0, seconds) * 1000))
+        return bool(poll.poll(min(max(0.0, seconds), LONGEST_POLL) * 1000))
 
     def has_frame(self) -> bool:
         """Say whether a frame can be read without waiting."""
-        if self._ready:
+        if self._ready or self._sizes:
             return True
         try:
             return bool(self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
