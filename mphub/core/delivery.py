@@ -97,6 +97,10 @@ class Delivery:
         self.slots = slots
         self.waiting: deque[Piece] = deque()
         self.held: deque[Held] = deque()
+        self.holding = 0
+        """Events in there."""
+        self._filling = True
+        """More is handed out until credit is used up, then nothing until half of it is free: not an event at a time."""
         self.number = 0
         """The next delivery number."""
         self.generation = 0
@@ -159,6 +163,7 @@ class Delivery:
                 if spans:
                     piece.spans = rest
                     self.held.append(Held(number, index, count, piece.portion, spans))
+                    self.holding += length(spans)
         for piece in self.drop_waiting():
             if piece.spans:
                 self._put(piece, self.waiting.append)
@@ -176,33 +181,40 @@ class Delivery:
         return self._hold(piece, taken, alone) if taken else None
 
     def _room(self) -> int:
-        if not self.held:
-            return min(self.credit.limit, self.slots)
-        if self.held[-1].alone or len(self.held) >= MAX_HELD:
+        """Return how many events may be handed out now."""
+        if self.held and (self.held[-1].alone or len(self.held) >= MAX_HELD):
             return 0
-        used = self.number - self.held[0].number
-        return min(self.credit.limit, self.slots) - used
+        limit = self.credit.limit
+        if 2 * self.holding <= limit:
+            self._filling = True
+        elif self.holding >= limit:
+            self._filling = False
+        return limit - self.holding if self._filling else 0
 
     def _cut(self, piece: Piece, room: int) -> Spans:
-        """Take events from the front up to ``room`` numbers, not beyond one that has to run alone."""
+        """Take up to ``room`` events from the front, as far as there are slots, not beyond one that has to run alone."""
         first = piece.spans[0][0]
-        end = first + room
+        end = first + self.slots - (self.number - self.held[0].number if self.held else 0)
         if piece.portion.attempts:
             end = min([end, *(i for i in piece.portion.attempts if i > first)])
-        if piece.spans[-1][1] <= end:
-            return piece.spans
-        return [(a, min(b, end)) for a, b in piece.spans if a < end]
+        taken: Spans = []
+        for a, b in piece.spans:
+            if room <= 0 or a >= end:
+                break
+            taken.append((a, min(b, end, a + room)))
+            room -= taken[-1][1] - a
+        return taken
 
     def _hold(self, piece: Piece, taken: Spans, alone: bool) -> Held:
-        if taken is piece.spans or taken == piece.spans:
+        piece.spans = subtract(piece.spans, taken)
+        if not piece.spans:
             self.waiting.popleft()
-        else:
-            piece.spans = subtract(piece.spans, taken)
         index, end = taken[0][0], taken[-1][1]
         held = Held(self.number, index, end - index, piece.portion, taken, alone)
         self.number += end - index
         self.held.append(held)
         count = length(taken)
+        self.holding += count
         self.loaded -= count
         self.loaded_bytes -= count * piece.portion.size
         return held
@@ -232,12 +244,14 @@ class Delivery:
     def _release(self, upto: int) -> Iterator[tuple[Portion, Spans]]:
         while self.held and self.held[0].number + self.held[0].count <= upto:
             held = self.held.popleft()
+            self.holding -= length(held.spans)
             yield held.portion, held.spans
         if self.held and self.held[0].number < upto:
             held = self.held[0]
             cut = held.index + upto - held.number
             ran = [(a, min(b, cut)) for a, b in held.spans if a < cut]
             held.spans = subtract(held.spans, ran)
+            self.holding -= length(ran)
             yield held.portion, ran
             if not held.spans:
                 self.held.popleft()
@@ -245,6 +259,7 @@ class Delivery:
     def give_back(self) -> None:
         """Return held events to the front of the inbox, in order."""
         self.generation += 1
+        self.holding = 0
         while self.held:
             held = self.held.pop()
             self._put(Piece(held.portion, held.spans), self.waiting.appendleft)
@@ -264,6 +279,7 @@ class Delivery:
         for held in self.held:
             self._settle(held, states(held.number, held.count), charged, verdict, back)
         self.held.clear()
+        self.holding = 0
         self.generation += 1
         for piece in reversed(back):
             self._put(piece, self.waiting.appendleft)
@@ -380,6 +396,9 @@ def subtract(spans: Spans, gone: Spans) -> Spans:
     """Return ``spans`` without ``gone``; both ascending."""
     if not gone:
         return spans
+    count = len(gone)
+    if gone == spans[:count]:  # nearly always: the first ones
+        return spans[count:]
     left: Spans = []
     cuts = iter(gone)
     cut = next(cuts, None)

@@ -346,6 +346,7 @@ class Subscriber(RuleBasedStateMachine):
             return
         waiting = sum(length(piece.spans) for piece in self.delivery.waiting)
         assert (self.delivery.loaded, self.delivery.loaded_bytes) == (waiting, 10 * waiting)
+        assert self.delivery.holding == sum(length(held.spans) for held in self.delivery.held)
         if self.delivery.held:
             assert self.delivery.number - self.delivery.held[0].number <= SLOTS
 
@@ -377,3 +378,21 @@ TestDelivery = Subscriber.TestCase
 @given(SETS, st.integers(0, 50))
 def test_the_first_of_spans(some: set[int], count: int) -> None:
     assert list(indexes(first_of(spans_of(sorted(some)), count))) == sorted(some)[:count]
+
+
+def test_more_is_handed_out_once_half_of_the_credit_is_free_not_an_event_at_a_time() -> None:
+    """Events of two keys in turn: every second one is for this subscriber."""
+    delivery = Delivery(MAX_ATTEMPTS, Credit(10, least=10), 100)
+    row = SimpleNamespace(id=1, count=80)
+    delivery.add(Portion(row, [(i, i + 1) for i in range(0, 80, 2)], 100))  # type: ignore[arg-type]
+    handed: list[int] = []
+    done = 0
+    while done < 40:
+        while (held := delivery.take()) is not None:
+            handed.append(length(held.spans))
+            assert delivery.holding <= 10
+        first = delivery.held[0]
+        delivery.report(first.number + first.spans[0][0] + 1 - first.index, {}, returned=False)
+        done += 1
+        assert delivery.holding == sum(length(held.spans) for held in delivery.held)
+    assert handed == [10, 5, 5, 5, 5, 5, 5]
