@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 
+import psutil
 import pytest
 
+import mphub
 from mphub import EventHub, Reply, Stop
+from tests.helpers import eventually
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -22,10 +27,12 @@ def hub() -> Iterator[EventHub]:
     made = EventHub(check=False, stop=Stop(ask=0.2, term=0.2))
     made.subscribe("echo", lambda value: value, name="echo")
     made.subscribe("slow", slow, name="slow")
+    made.subscribe("other", len, name="other")
     with made:
         for number in range(20):  # from the second on it is this thread that reads
             assert made.request("echo", number).result() == number
         yield made
+        made.stop(drain=False)
 
 
 def slow(seconds: float) -> float:
@@ -160,3 +167,119 @@ def test_stopping_the_hub_ends_a_wait(hub: EventHub) -> None:
     hub.stop(drain=False)
     thread.join(10)
     assert len(ended) == 1
+
+
+def test_an_interrupt_of_who_reads_loses_nobody_elses_reply(hub: EventHub) -> None:
+    answers: list[int] = []
+
+    def ask() -> None:
+        answers.extend(hub.request("echo", number).result(20) for number in range(300))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        timer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            while True:
+                hub.request("echo", 0).result(20)
+        except KeyboardInterrupt:
+            timer.join()
+    assert sorted(answers) == sorted([*range(300)] * 3)
+
+
+def test_a_refusal_is_told_to_who_published_though_another_thread_reads(hub: EventHub) -> None:
+    raised: list[type[BaseException]] = []
+
+    def publish() -> None:
+        time.sleep(0.05)
+        try:
+            hub.publish("nobody.is.here", 1, confirm=True)
+        except mphub.NoSubscriber as error:
+            raised.append(type(error))
+
+    thread = threading.Thread(target=publish)
+    reply = hub.request("slow", 0.3)
+    thread.start()
+    assert reply.result(5) == 0.3
+    thread.join()
+    assert raised == [mphub.NoSubscriber]
+
+
+def test_cancelling_ends_the_wait_of_who_reads(hub: EventHub) -> None:
+    reply = hub.request("slow", 5.0)
+    threading.Timer(0.2, reply.cancel).start()
+    began = time.monotonic()
+    with pytest.raises(concurrent.futures.CancelledError):
+        reply.result()
+    assert time.monotonic() - began < 2.0
+
+
+def test_a_timeout_holds_though_a_publisher_waits_for_a_frozen_router(hub: EventHub) -> None:
+    router = hub.statistics().pids["router"]
+    reply = hub.request("slow", 20.0)
+    os.kill(router, signal.SIGSTOP)
+    flood = threading.Thread(target=lambda: [hub.publish("other", bytes(60_000)) for _ in range(500)], daemon=True)
+    flood.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        reply.result(0.2)
+    took = time.monotonic() - began
+    os.kill(router, signal.SIGCONT)
+    flood.join(20)
+    assert took < 1.0
+
+
+@pytest.mark.parametrize("timeout", [1e7, 3600.0, 5])
+def test_a_timeout_may_be_as_long_as_one_likes(timeout: float, hub: EventHub) -> None:
+    assert [hub.request("echo", number).result(timeout) for number in range(5)] == list(range(5))
+    assert hub.request("slow", 0.05).result(timeout) == 0.05
+
+
+def test_a_forked_child_gets_no_reply_of_its_parents(hub: EventHub) -> None:
+    reply = hub.request("slow", 0.2)
+
+    def ask(line: Connection) -> None:
+        try:
+            reply.result(0.5)
+        except BaseException as error:
+            line.send(type(error).__name__)
+        line.send(hub.request("echo", 1).result(10))
+
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=ask, args=(theirs,))
+    child.start()
+    assert ours.recv() == "TimeoutError"
+    assert ours.recv() == 1
+    child.join()
+    ours.close()
+    theirs.close()
+    assert reply.result(5) == 0.2
+
+
+def test_a_router_idles_though_a_requester_has_died_before_its_confirm(hub: EventHub) -> None:
+    child = multiprocessing.get_context("fork").Process(target=lambda: (hub.request("slow", 1.0), os._exit(0)))
+    child.start()
+    child.join()
+    router = psutil.Process(hub.statistics().pids["router"])
+    before = sum(router.cpu_times()[:2])
+    time.sleep(0.8)
+    assert sum(router.cpu_times()[:2]) - before < 0.1
+
+
+def test_a_full_batch_goes_out_though_its_filler_was_interrupted(hub: EventHub) -> None:
+    router = hub.statistics().pids["router"]
+    os.kill(router, signal.SIGSTOP)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    published = 0
+    try:
+        timer.start()
+        while True:
+            hub.publish("other", bytes(1000))
+            published += 1
+    except KeyboardInterrupt:
+        os.kill(router, signal.SIGCONT)
+    timer.join()
+    assert eventually(lambda: hub.statistics().accepted >= 20 + published, 5)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import select
+import selectors
 import socket
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -95,3 +100,71 @@ def test_parts_without_end_are_a_protocol_error(pair: tuple[socket.socket, socke
     pair[1].sendall(frame(frames.PART, frames.MORE, b"x" * 300) * 4)
     with pytest.raises(ProtocolError, match="in parts"):
         stream.read()
+
+
+class Stopped(BaseException):
+    """What a signal's handler raises, wherever the program is."""
+
+
+def interrupted(step: int, call: Callable[[], Frame | None]) -> tuple[Frame | None, bool]:
+    """Call something, and raise right before or behind its n-th call; return its result and whether that has come before."""
+    left = step
+
+    def count(_: object, event: str, __: object) -> None:
+        nonlocal left
+        left -= event in ("call", "c_return")
+        if left == 0:
+            sys.setprofile(None)
+            raise Stopped
+
+    sys.setprofile(count)
+    try:
+        return call(), False
+    except Stopped:
+        return None, True
+    finally:
+        sys.setprofile(None)
+
+
+def first_of(line: Line) -> Frame | None:
+    """Return the next frame, if it is there."""
+    try:
+        return line.first(time.monotonic())
+    except TimeoutError:
+        return None
+
+
+def test_an_interrupt_at_any_step_of_reading_loses_and_doubles_nothing(pair: tuple[socket.socket, socket.socket]) -> None:
+    line = Line(pair[1])
+    bodies = [bytes([n]) * (n * 1000) for n in range(60)]
+    whole = b"".join(frame(frames.DELIVER, b"", body) for body in bodies)
+    got: list[bytes] = []
+    steps, interrupts = itertools.cycle(range(1, 40)), 0
+    for at in range(0, len(whole), 7919):
+        pair[0].sendall(whole[at : at + 7919])
+        while select.select([pair[1]], [], [], 0)[0] or line._ready or line._sizes:
+            found, came = interrupted(next(steps), lambda: first_of(line))
+            interrupts += came
+            if found is not None:
+                got.append(found[2])
+                line.drop(found)
+            elif not came:
+                break  # half a frame
+    assert got == bodies
+    assert interrupts > 20
+
+
+def test_a_stream_that_is_closed_disturbs_no_loop(pair: tuple[socket.socket, socket.socket]) -> None:
+    unsent: set[Stream] = set()
+    stream = Stream(pair[0], unsent)
+    with selectors.DefaultSelector() as selector:
+        selector.register(pair[0], selectors.EVENT_READ)
+        for _ in range(40):
+            stream.send(frames.PUSH, b"", bytes(300_000))
+        stream.flush_or_watch(selector)
+        assert unsent == {stream}
+        selector.unregister(pair[0])
+        stream.close()
+        stream.send(frames.ANSWER)
+        stream.put(frames.ANSWER)
+    assert not unsent
