@@ -12,6 +12,7 @@ MAX_LENGTH = 255
 MAX_CACHED = 1 << 17
 """Keys that a process remembers; beyond that each costs a publisher and the router some microseconds more."""
 _TOKEN = re.compile(r"[^\s.*>\x00-\x1f\x7f\ud800-\udfff]+")
+_KEY = re.compile(rf"{_TOKEN.pattern}(?:\.{_TOKEN.pattern})*")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -21,7 +22,8 @@ def check_key(key: str) -> str:
 
     Raises InvalidKey.
     """
-    _check(key, "key", wild=False)
+    if not (isinstance(key, str) and len(key) <= MAX_LENGTH and _KEY.fullmatch(key)):
+        _check(key, "key", wild=False)  # which says what is wrong
     return key
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from mphub.events import Event, EventId
-from mphub.wire.frames import Batch, Extra
+from mphub.wire.frames import Batch, Extra, join, split
 
 ROW = 200
 """Bytes of a row beside its events: header, key, its places in the books."""
@@ -14,7 +14,7 @@ ROW = 200
 class Row:
     """A row that somebody's window holds; ``header`` is its publisher's, ready to be passed on."""
 
-    __slots__ = ("__weakref__", "batch", "body", "count", "epoch", "header", "id", "single")
+    __slots__ = ("__weakref__", "_events", "batch", "body", "count", "epoch", "header", "id", "single")
 
     def __init__(self, number: int, epoch: int, batch: Batch, header: bytes, body: bytes, *, single: bool = False) -> None:
         self.id, self.epoch, self.batch, self.header, self.body, self.single = (
@@ -26,9 +26,20 @@ class Row:
             single,
         )
         self.count = batch.count
+        self._events: list[bytes] | None = None
 
     def key(self, index: int) -> str:
         return key_of(self.batch, index)
+
+    def cut(self, spans: list[tuple[int, int]]) -> bytes:
+        """Return a body with some of the events alone; a row that is cut once is cut again and again."""
+        if self._events is None:
+            self._events = split(self.body)
+        return join([event for a, b in spans for event in self._events[a:b]])
+
+    def replace(self, body: bytes) -> None:
+        """Follow a row whose finished events have been blanked."""
+        self.body, self._events = body, None
 
     @property
     def share(self) -> int:

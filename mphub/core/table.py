@@ -68,8 +68,15 @@ class RoutingTable(Generic[S]):
         found: list[tuple[int, S]] = []
         level = [self._root]
         for token in tokens:
-            found += [entry for node in level if ">" in node.next for entry in node.next[">"].here]
-            level = [child for node in level for name in (token, "*") if (child := node.next.get(name))]
-        found += [entry for node in level for entry in node.here]
+            following = []
+            for node in level:
+                if ">" in node.next:
+                    found += node.next[">"].here
+                following += [child for name in (token, "*") if (child := node.next.get(name)) is not None]
+            level = following
+        for node in level:
+            found += node.here
+        if len(found) == 1:  # nearly always
+            return (found[0][1],)
         unique = {id(subscriber): subscriber for _, subscriber in sorted(found, key=lambda entry: entry[0])}
         return tuple(unique.values())

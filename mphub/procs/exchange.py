@@ -594,7 +594,7 @@ class Exchange:
         """Follow a row whose finished events have been blanked."""
         row = self._rows.get(number)
         if row is not None:
-            row.body = body
+            row.replace(body)
 
     # -- after a restart
 

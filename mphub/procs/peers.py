@@ -5,7 +5,7 @@ from __future__ import annotations
 from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING, Held
 from mphub.procs.mailbox import Mailbox
 from mphub.store.board import Board
-from mphub.wire.frames import MAX_TOGETHER, Batch, HelloPublisher, ProtocolError, join, split
+from mphub.wire.frames import MAX_TOGETHER, Batch, HelloPublisher, ProtocolError, split
 from mphub.wire.stream import Stream
 
 CONFIRM_EVERY = 8
@@ -73,8 +73,7 @@ def body_of(held: Held) -> bytes:
         return b""
     if held.spans == [(0, row.count)]:
         return row.body
-    events = split(row.body)
-    return join([event for a, b in held.spans for event in events[a:b]])
+    return row.cut(held.spans)
 
 
 def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:

@@ -32,7 +32,7 @@ class Tail:
     """Reads what is appended to a file, line by line, and remembers the last ones."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = os.fspath(path)  # looked at ten times a second
         self.recent: deque[str] = deque(maxlen=RECENT)
         self._at = 0
         self._part = b""
@@ -40,7 +40,7 @@ class Tail:
     def lines(self, *, last: bool = False) -> list[str]:
         """Return the new whole lines (with ``last`` also the rest)."""
         try:
-            if self.path.stat().st_size == self._at and not last:
+            if os.stat(self.path).st_size == self._at and not last:
                 return []
             data = self._part + self._read()
         except OSError:
@@ -154,7 +154,7 @@ class Child:
     def remove_files(self) -> None:
         """Remove what is left of it, once its events are settled."""
         self.board.close()
-        for path in (self.board.path, self.crash_file, self.record, *(tail.path for tail in self.outputs.values())):
+        for path in (self.board.path, self.crash_file, self.record, *(Path(tail.path) for tail in self.outputs.values())):
             path.unlink(missing_ok=True)
 
 
