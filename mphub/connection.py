@@ -498,10 +498,10 @@ class Connection:
 
     def _answered(self, line: Line, reply: frames.Reply) -> None:
         future = self._replies.get(reply.number)
-        if future is not None and future.claim():
+        if future is not None and future._claim():
             settle_reply(future, reply, self._blobs)
         elif future is not None:
-            future.tell_again()
+            future._tell_again()
         with self._lock, contextlib.suppress(OSError):
             self._replies.pop(reply.number, None)  # not before it is settled: an interrupt in between lets it come again
             self._followed.discard(reply.number)

@@ -71,13 +71,13 @@ class Reply(concurrent.futures.Future[R]):
             self._reader.give_up(self)
         return cancelled
 
-    def claim(self) -> bool:
+    def _claim(self) -> bool:
         """Say whether it has yet to be settled; from now on it cannot be cancelled."""
         if self._state in ("PENDING", "CANCELLED"):
             return self.set_running_or_notify_cancel()
         return bool(self._state == "RUNNING")
 
-    def tell_again(self) -> None:
+    def _tell_again(self) -> None:
         """Tell those who wait once more: an interrupt may have come between the result and that."""
         with self._condition:
             for waiter in self._waiters:
