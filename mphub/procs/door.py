@@ -98,11 +98,6 @@ class Door:
             self.selector.register(self.listener, selectors.EVENT_READ, self.data)
         return [stream for stream, since in self.strangers.items() if now - since >= HELLO_WITHIN]
 
-    def waits(self) -> list[float]:
-        """Return after how many seconds there is something to do here, if so."""
-        now = time.monotonic()
-        return [max(0.0, at - now) for at in self.due()]
-
     def due(self) -> list[float]:
         """Return when (by the monotonic clock) there is something to do here, if so."""
         times = [since + HELLO_WITHIN for since in self.strangers.values()][:1]  # the first is the oldest
