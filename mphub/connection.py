@@ -41,7 +41,7 @@ from mphub.wire.frames import (
     extra_of,
     join,
 )
-from mphub.wire.open_batch import PLAIN, Mode, OpenBatch
+from mphub.wire.open_batch import PLAIN, RUN_BYTES, Mode, OpenBatch, is_atomic
 from mphub.wire.stream import Line, shut
 
 log = logging.getLogger("mphub")
@@ -152,24 +152,29 @@ class Connection:
         Raises InvalidKey, PayloadError, HubClosed.
         """
         data = dumps(payload, 5) if type(payload) in SCALARS else codec.encode_apart(payload)
-        size = len(data)
-        if self._is_mine():
-            self._enter()
-        with self._lock:
-            batch = self._batch
-            events = batch.events
-            if not events or batch.mode is not PLAIN or self._held or self._ended is not None or size >= BLOB_MIN:
-                return EventId(self._base + self._add(check_key(str_of(key)), data, None, PLAIN))
-            if key != batch.key:  # else it has been checked
-                batch.begin_run(check_key(key if type(key) is str else str_of(key)))
-            place = len(events)
-            number = batch.first_id + place
-            size += batch.size
-            batch.size = size
-            events.append(data)  # type: ignore[arg-type]  # parts are larger than that
-            if size >= BATCH_BYTES or place >= MAX_EVENTS - 1:
-                self._send_batch()
-        return EventId(number)
+        size, event = len(data), [data]
+        run: list[Any] | None = None
+        last = self._batch.key
+        if key is not last and (type(key) is not str or key != last):
+            key = check_key(key if type(key) is str else str_of(key))
+            run = [key, 0]
+            size += len(key) + RUN_BYTES
+        # no call from here to the return: other threads, and interrupts, come in at calls
+        batch = self._batch
+        total = batch.size + size
+        if total < batch.limit and size < BLOB_MIN and (run is not None or key == batch.key):
+            number = batch.next_id
+            if number < batch.last_id:
+                if run is not None:
+                    run[1] = number - batch.first_id
+                    batch.runs += run
+                    batch.key = key
+                batch.next_id = number + 1
+                batch.size = total
+                batch.events += event  # type: ignore[arg-type]  # parts are larger
+                return EventId(number)
+        with self._enter():
+            return EventId(self._base + self._add(check_key(str_of(key)), data, None, PLAIN))
 
     def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
         """Send one event whose handler's result comes back.
@@ -229,8 +234,7 @@ class Connection:
         ``strict``: at once, in a frame of its own, which is refused if nobody subscribes.
         """
         codec.check_size(data, self.address.largest)
-        if self._reader is None or self._batch.mode != mode or self._ended is not None:
-            self._ready(mode)
+        self._ready(mode)
         while self._held and self._is_held(key):
             self._wait_released(key)
             self._ready(mode)  # the lock was free meanwhile: the batch may be another thread's
@@ -246,6 +250,8 @@ class Connection:
             self._send(strict=True)
         elif len(self._unconfirmed) < FEW or batch.size >= BATCH_BYTES or len(batch.events) >= MAX_EVENTS:
             self._send_batch()
+        elif mode is PLAIN and extra is None and not self._held and is_atomic():
+            batch.limit = BATCH_BYTES
         return number
 
     def _send_batch(self) -> None:
@@ -277,6 +283,8 @@ class Connection:
         return number
 
     def _ready(self, mode: Mode) -> None:
+        """Have a batch of that mode that is closed, and a stream for it; with the lock held."""
+        self._batch.limit = 0
         if self._ended is not None:
             raise self._ended
         if self._reader is None:
@@ -288,6 +296,7 @@ class Connection:
     def _send(self, *, strict: bool = False) -> int:
         """Send the batch, if any; return the sequence number of the last frame."""
         batch = self._batch
+        batch.limit = 0
         if not batch.events:
             if self._written != self._sequence:
                 self._write()
@@ -421,6 +430,7 @@ class Connection:
     def end(self, reason: MphubError) -> None:
         """Let everything that waits end with an error."""
         with self._lock:
+            self._batch.limit = 0
             lost = self.unconfirmed if self._ended is None else 0
             if self._ended is None:
                 self._ended = reason
@@ -451,6 +461,7 @@ class Connection:
         elif kind == frames.HOLD:
             with self._lock:
                 self._held = _hold.decode(header).patterns
+                self._batch.limit = 0  # each event is looked at now
                 self._changed.notify_all()
         elif kind == frames.CLOSED:
             self.end(HubClosed(f"hub {self.address.name!r} was stopped"))

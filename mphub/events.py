@@ -31,8 +31,10 @@ class Topic(Generic[T]):
 
 
 def str_of(key: object) -> str:
-    """Return the key of a Topic; anything else as it is, to be checked."""
-    return key.key if isinstance(key, Topic) else key  # type: ignore[return-value]
+    """Return the key of a Topic and the text of any kind of str; anything else as it is, to be checked."""
+    if isinstance(key, Topic):
+        return key.key
+    return str.__str__(key) if isinstance(key, str) else key  # type: ignore[return-value]
 
 
 class EventId(int):

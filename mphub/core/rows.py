@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
+
 import msgspec
 
 from mphub.events import Event, EventId
@@ -9,6 +12,8 @@ from mphub.wire.frames import Batch, Extra, join, split
 
 ROW = 200
 """Bytes of a row beside its events: header, key, its places in the books."""
+
+_asked: tuple[Batch | None, list[int]] = (None, [])
 
 
 class Row:
@@ -71,11 +76,17 @@ def share(batch: Batch) -> int:
 
 def key_of(batch: Batch, index: int) -> str:
     """Return the key of one event of a batch."""
-    for key, count in batch.runs:
-        if index < count:
-            return key
-        index -= count
-    raise IndexError(index)
+    return batch.runs[0][0] if len(batch.runs) == 1 else batch.runs[bisect_right(_starts_of(batch), index) - 1][0]
+
+
+def _starts_of(batch: Batch) -> list[int]:
+    """Return where each run of a batch begins; kept for the last one: a frame of many keys is asked for each of its events."""
+    global _asked
+    asked, starts = _asked
+    if asked is not batch:
+        starts = list(accumulate((count for _, count in batch.runs), initial=0))
+        _asked = batch, starts
+    return starts
 
 
 def event_of(batch: Batch, index: int, payload: object, attempt: int) -> Event:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from operator import sub
 from typing import Any
 
-from mphub.wire.frames import Extra
+from mphub.wire.frames import MAX_EVENTS, Extra
 
 Mode = tuple[str | None, bool, int]
 """(target, is a request, epoch): what all events of a frame have in common."""
 PLAIN: Mode = (None, False, 0)
+RUN_BYTES = 8
+"""That a run takes beside its key."""
 
 
 class OpenBatch:
-    """Events that go out as one frame; an interrupt leaves each of them wholly inside or outside."""
+    """Events that go out as one frame; an interrupt leaves each of them wholly inside or outside.
 
-    __slots__ = ("events", "extras", "first", "first_id", "key", "mode", "runs", "size")
+    While it is open, any thread may put plain events in without the connection's lock, in steps between which no other thread can come
+    (``Connection.publish_plain``). Whoever has the lock closes it before anything else.
+    """
+
+    __slots__ = ("events", "extras", "first", "first_id", "key", "last_id", "limit", "mode", "next_id", "runs", "size")
 
     def __init__(self, base: int, first: int, mode: Mode = PLAIN) -> None:
         self.mode = mode
         self.first, self.first_id = first, base + first
         """The number and the id of the first event."""
+        self.next_id = self.first_id
+        self.last_id = self.first_id + MAX_EVENTS - 1
+        self.limit = 0
+        """Bytes that it may reach without the lock; 0: it is closed."""
         self.events: list[bytes] = []
         self.runs: list[str | int] = []
         """A key, the place of its first event, a key, ...: one list, so that one step adds both."""
@@ -31,7 +43,7 @@ class OpenBatch:
         """Bytes."""
 
     def append(self, key: str, data: bytes, extra: Extra | None) -> int:
-        """Put one event in and return its number."""
+        """Put one event in while the batch is closed, and return its number."""
         if self.key != key:
             self.begin_run(key)
         place = len(self.events)
@@ -40,6 +52,7 @@ class OpenBatch:
         if extra is not None:
             self.extras[place] = extra
         self.size += size
+        self.next_id += 1
         self.events += [data]
         return self.first + place
 
@@ -47,7 +60,7 @@ class OpenBatch:
         self.key = None  # an interrupt in here must not leave the next event to this run
         self.runs += (key, len(self.events))
         self.key = key
-        self.size += len(key) + 8
+        self.size += len(key) + RUN_BYTES
 
     def counts(self) -> list[tuple[str, int]]:
         """Return the runs as (key, count)."""
@@ -56,3 +69,16 @@ class OpenBatch:
         counts = list(map(sub, [*starts[1:], len(self.events)], starts))
         found = list(zip(keys, counts, strict=True))
         return found if 0 not in counts else [run for run in found if run[1]]
+
+
+def is_atomic() -> bool:
+    """Say whether lines without a call or a loop run with no other thread in between.
+
+    So they do under the GIL: CPython lets it go, and runs signal handlers, only at calls and backward jumps
+    (Python/ceval.c, ``eval_breaker``); unless a debugger or a coverage tool has each line call something.
+    """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return False
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    watched = monitoring is not None and any(map(monitoring.get_tool, range(6)))
+    return not watched and sys.gettrace() is None and threading.gettrace() is None
