@@ -18,14 +18,14 @@ from typing import Any
 import msgspec
 
 from mphub import failpoints
-from mphub.core.keys import check_key, check_name, matches
+from mphub.core.keys import check_key, check_name, known, matches
 from mphub.errors import DrainTimeout, HubClosed, HubError, MphubError, NoSubscriber, PayloadError
 from mphub.events import EventId, Topic, str_of
 from mphub.reader import Dialer, Reader
 from mphub.reply import Reply, failure_of
 from mphub.store.blobs import Blobs
 from mphub.wire import codec, frames
-from mphub.wire.codec import Parts
+from mphub.wire.codec import SHORT_BYTES, STOP, Parts
 from mphub.wire.frames import (
     BLOB_MIN,
     MAX_EVENTS,
@@ -151,14 +151,20 @@ class Connection:
 
         Raises InvalidKey, PayloadError, HubClosed.
         """
-        data = dumps(payload, 5) if type(payload) in SCALARS else codec.encode_apart(payload)
+        kind = type(payload)
+        if kind is bytes and len(payload) < len(SHORT_BYTES):  # type: ignore[arg-type]
+            data: bytes | Parts = SHORT_BYTES[len(payload)] + payload + STOP  # type: ignore[arg-type, operator]
+        else:
+            data = dumps(payload, 5) if kind in SCALARS else codec.encode_apart(payload)
         size, event = len(data), [data]
         run: list[Any] | None = None
         last = self._batch.key
-        if key is not last and (type(key) is not str or key != last):
-            key = check_key(key if type(key) is str else str_of(key))
-            run = [key, 0]
-            size += len(key) + RUN_BYTES
+        if key is not last:
+            if type(key) is not str or key not in known:
+                key = check_key(str_of(key))
+            if key != last:
+                run = [key, 0]
+                size += len(key) + RUN_BYTES
         # no call from here to the return: other threads, and interrupts, come in at calls
         batch = self._batch
         total = batch.size + size
@@ -279,7 +285,7 @@ class Connection:
         blob, number = self._write_file(data), self._batch.first
         if reply is not None:
             self._replies[number] = reply
-        self._dispatch([(key, 1)], 1, b"", blob, len(data), None if extra is None else {0: extra}, strict=strict)
+        self._dispatch([key, 0], 1, b"", blob, len(data), None if extra is None else {0: extra}, strict=strict)
         return number
 
     def _ready(self, mode: Mode) -> None:
@@ -306,10 +312,10 @@ class Connection:
         if size > BATCH_BYTES * 4:
             # a file of one event is its pickle
             blob, body = self._write_file(body if len(batch.events) > 1 else batch.events[0]), b""
-        return self._dispatch(batch.counts(), len(batch.events), body, blob, size, batch.extras or None, strict=strict)
+        return self._dispatch(batch.runs, len(batch.events), body, blob, size, batch.extras or None, strict=strict)
 
     def _dispatch(
-        self, runs: list[tuple[str, int]], count: int, body: bytes, blob: str | None, size: int, extras: dict[int, Extra] | None, *,
+        self, runs: list[Any], count: int, body: bytes, blob: str | None, size: int, extras: dict[int, Extra] | None, *,
         strict: bool,
     ) -> int:  # fmt: skip
         """Make the next frame, keep it until it is confirmed, send it; with that the batch begins anew."""
@@ -317,7 +323,7 @@ class Connection:
         sequence, first = self._sequence + 1, self._batch.first
         header = encode(
             Batch(
-                self.id, sequence, first, runs, time.time(), epoch, target, reply, strict, blob, size, extras,
+                self.id, sequence, first, count, runs[::2], runs[1::2], time.time(), epoch, target, reply, strict, blob, size, extras,
             )
         )  # fmt: skip
         data = frames.frame(frames.BATCH, header, body)

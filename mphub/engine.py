@@ -318,7 +318,7 @@ def letter_of(dead: Dead, blobs: Blobs, room: int) -> DeadLetter:
         with contextlib.suppress(OSError):
             payload = bytes(blobs.read(batch.blob)) if batch.size <= room else codec.encode(None)
     return DeadLetter(
-        id=EventId.make(batch.publisher, batch.number), key=batch.runs[0][0], subscriber=dead.subscriber, reason=dead.reason,
+        id=EventId.make(batch.publisher, batch.number), key=batch.key(0), subscriber=dead.subscriber, reason=dead.reason,
         attempts=dead.attempts, traceback=dead.traceback, exit=dead.exit, pid=dead.pid, at=dead.at, rss=dead.rss,
         stderr=dead.stderr, told=dead.told, _payload=payload, _error=dead.error, _loads=codec.load_any,
     )  # fmt: skip

@@ -16,14 +16,22 @@ _KEY = re.compile(rf"{_TOKEN.pattern}(?:\.{_TOKEN.pattern})*")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-@lru_cache(maxsize=MAX_CACHED)
+known: set[str] = set()
+"""Keys that have been checked; a set, as a least-recently-used cache of many keys costs twice as much."""
+
+
 def check_key(key: str) -> str:
     """Return a key that events can have.
 
     Raises InvalidKey.
     """
+    if type(key) is str and key in known:
+        return key
     if not (isinstance(key, str) and len(key) <= MAX_LENGTH and _KEY.fullmatch(key)):
         _check(key, "key", wild=False)  # which says what is wrong
+    if len(known) >= MAX_CACHED:
+        known.clear()
+    known.add(key)
     return key
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from itertools import accumulate
-
 import msgspec
 
 from mphub.events import Event, EventId
@@ -12,8 +9,6 @@ from mphub.wire.frames import Batch, Extra, join, split
 
 ROW = 200
 """Bytes of a row beside its events: header, key, its places in the books."""
-
-_asked: tuple[Batch | None, list[int]] = (None, [])
 
 
 class Row:
@@ -32,9 +27,6 @@ class Row:
         )
         self.count = batch.count
         self._events: list[bytes] | None = None
-
-    def key(self, index: int) -> str:
-        return key_of(self.batch, index)
 
     def cut(self, spans: list[tuple[int, int]]) -> bytes:
         """Return a body with some of the events alone; a row that is cut once is cut again and again."""
@@ -59,14 +51,12 @@ class Row:
 
 def part_of(batch: Batch, first: int, last: int, size: int, blob: str | None = None) -> Batch:
     """Return the header of some events alone."""
-    runs, place = [], 0
-    for key, count in batch.runs:
-        a, b = max(first, place), min(last, place + count)
-        if a < b:
-            runs.append((key, b - a))
-        place += count
+    runs = [(key, max(first, a) - first) for key, a, b in batch.runs() if max(first, a) < min(last, b)]
+    keys, starts = map(list, zip(*runs, strict=True))
     extras = {i - first: extra for i, extra in (batch.extras or {}).items() if first <= i < last}
-    return msgspec.structs.replace(batch, number=batch.number + first, runs=runs, extras=extras or None, size=size, blob=blob)
+    return msgspec.structs.replace(
+        batch, number=batch.number + first, count=last - first, keys=keys, starts=starts, extras=extras or None, size=size, blob=blob
+    )
 
 
 def share(batch: Batch) -> int:
@@ -74,26 +64,11 @@ def share(batch: Batch) -> int:
     return (batch.size + ROW) // batch.count
 
 
-def key_of(batch: Batch, index: int) -> str:
-    """Return the key of one event of a batch."""
-    return batch.runs[0][0] if len(batch.runs) == 1 else batch.runs[bisect_right(_starts_of(batch), index) - 1][0]
-
-
-def _starts_of(batch: Batch) -> list[int]:
-    """Return where each run of a batch begins; kept for the last one: a frame of many keys is asked for each of its events."""
-    global _asked
-    asked, starts = _asked
-    if asked is not batch:
-        starts = list(accumulate((count for _, count in batch.runs), initial=0))
-        _asked = batch, starts
-    return starts
-
-
 def event_of(batch: Batch, index: int, payload: object, attempt: int) -> Event:
     """Describe one event of a batch as handlers see it."""
     extra = (batch.extras or {}).get(index, Extra())
     return Event(
-        id=EventId.make(batch.publisher, batch.number + index), key=key_of(batch, index), payload=payload,
+        id=EventId.make(batch.publisher, batch.number + index), key=batch.key(index), payload=payload,
         ordering_key=extra.ordering_key, priority=0, headers=extra.headers or {}, published_at=batch.published_at,
         attempt=attempt, replica=0, cancelled=False,
     )  # fmt: skip

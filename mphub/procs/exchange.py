@@ -263,8 +263,8 @@ class Exchange:
                     "PayloadError",
                     f"a payload of {size} bytes exceeds what this hub admits ({self.admitted} bytes): raise max_bytes",
                 )
-        if batch.strict and not any(self.table.match(key) for key, _ in batch.runs):
-            return "NoSubscriber", self._nobody(batch.runs[0][0])
+        if batch.strict and not any(map(self.table.match, batch.keys)):
+            return "NoSubscriber", self._nobody(batch.key(0))
         return None
 
     def take_in(self, batch: Batch, header: bytes, body: bytes, epoch: int) -> None:
@@ -304,18 +304,16 @@ class Exchange:
 
     def _stretches(self, batch: Batch) -> Iterator[tuple[tuple[Mailbox, ...], int, int]]:
         """Yield (subscribers, first event, end) of events that are for the same ones: a batch may have a thousand keys."""
-        match = self.table.match if batch.target is None else lambda _: self._named(batch.target or "")
-        last: tuple[Mailbox, ...] = ()
-        first = end = 0
-        for key, count in batch.runs:
-            boxes = match(key)
-            if boxes is not last:
-                yield last, first, end
-                last, first = boxes, end
-            if not boxes:
-                self._count_unmatched(key, count)
-            end += count
-        yield last, first, end
+        found = self.table.match_all(batch.keys) if batch.target is None else [self._named(batch.target)] * len(batch.keys)
+        last, first = found[0], 0
+        if not last or found.count(last) < len(found):
+            for boxes, (key, start, end) in zip(found, batch.runs(), strict=True):
+                if boxes is not last:
+                    yield last, first, start
+                    last, first = boxes, start
+                if not boxes:
+                    self._count_unmatched(key, end - start)
+        yield last, first, batch.count
 
     def _named(self, target: str) -> tuple[Mailbox, ...]:
         box = self.boxes.get(target)
@@ -323,7 +321,7 @@ class Exchange:
 
     def _match_request(self, batch: Batch) -> dict[Mailbox, Spans]:
         """Find the one subscriber that answers, or end the requests."""
-        key = batch.runs[0][0]
+        key = batch.key(0)
         boxes = self._named(batch.target) if batch.target is not None else tuple(box for box in self.table.match(key) if box.spec.answers)
         outcome, message = "", ""
         if not boxes:
@@ -439,7 +437,7 @@ class Exchange:
         row = portion.row
         event = f"{row.batch.publisher << 40 | row.batch.number + index:026x}"
         self.tell(
-            "failure", box.name, failure.traceback, key=row.key(index), id=event, attempt=attempt, reason=failure.reason
+            "failure", box.name, failure.traceback, key=row.batch.key(index), id=event, attempt=attempt, reason=failure.reason
         )  # fmt: skip
         if failure.retry and attempt < box.spec.max_attempts:
             box.counters.retried += 1

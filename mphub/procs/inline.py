@@ -201,7 +201,7 @@ class Inline:
         """Take in one event as a batch of its own; return its number."""
         self._number = number = self._number + 1
         batch = Batch(
-            self.id, number, number, [(key, 1)], time.time(), 0, target, reply is not None, strict,
+            self.id, number, number, 1, [key], [0], time.time(), 0, target, reply is not None, strict,
             size=len(data), extras={0: extra} if extra else None,
         )  # fmt: skip
         if reply is not None:

@@ -92,7 +92,7 @@ class Letters:
                 )
             )  # fmt: skip
             event = f"{row.batch.publisher << 40 | row.batch.number + index:026x}"
-            self.exchange.tell("dead_letter", box.name, reason, key=row.key(index), id=event, attempts=attempts)
+            self.exchange.tell("dead_letter", box.name, reason, key=row.batch.key(index), id=event, attempts=attempts)
         box.counters.dead += 1
 
     def bury_untried(self, box: Mailbox, row: Row, spans: Spans, reason: str) -> None:
@@ -104,7 +104,7 @@ class Letters:
         for a, b, body in self._groups(row, spans):
             self._keep(Dead(box.name, part_of(row.batch, a, b, len(body)), body, reason, 0, self.exchange.clock()))
             event = f"{row.batch.publisher << 40 | row.batch.number + a:026x}"
-            self.exchange.tell("dead_letter", box.name, reason, b - a, key=row.key(a), id=event, attempts=0)
+            self.exchange.tell("dead_letter", box.name, reason, b - a, key=row.batch.key(a), id=event, attempts=0)
         box.counters.dead += length(spans)
 
     def _groups(self, row: Row, spans: Spans) -> Iterator[tuple[int, int, bytes]]:

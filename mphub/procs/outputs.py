@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from typing import Any
 
@@ -101,10 +100,12 @@ class Outputs:
         self._emit([(key, extra) for key, _, extra in events], body, blob, size)
 
     def _emit(self, events: list[tuple[str, Extra | None]], body: bytes, blob: str | None, size: int) -> None:
-        runs = [(key, len(list(run))) for key, run in itertools.groupby(key for key, _ in events)]
+        starts = [i for i, (key, _) in enumerate(events) if i == 0 or key != events[i - 1][0]]
+        keys = [events[i][0] for i in starts]
         extras = {i: extra for i, (_, extra) in enumerate(events) if extra is not None}
         batch = Batch(
-            self.incarnation, 0, self._number + 1, runs, time.time(), self._epoch, blob=blob, size=size, extras=extras or None
+            self.incarnation, 0, self._number + 1, len(events), keys, starts, time.time(), self._epoch, blob=blob, size=size,
+            extras=extras or None,
         )  # fmt: skip
         self._number += len(events)
         self.kept.append(Output(batch, body))

@@ -83,7 +83,9 @@ def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:
     """
     if batch.publisher != peer.hello.publisher or batch.sequence < 1:
         raise ProtocolError("a batch in another publisher's name, or without a number")
-    count = batch.count
+    count, starts = batch.count, batch.starts
+    if len(starts) != len(batch.keys) or starts[0] != 0 or starts[-1] > count or (len(starts) > 1 and starts != sorted(starts)):
+        raise ProtocolError(f"a batch of {count} events whose {len(batch.keys)} keys do not start one after the other")
     if count > MAX_TOGETHER:
         raise ProtocolError(f"a batch of {count} events")
     # 8 us for 300 events: better here than where they are cut out or handled

@@ -28,6 +28,7 @@ from mphub.store.board import READY, RECALLED, SLOTS, Board
 from mphub.subscriber import holder
 from mphub.wire import codec, frames
 from mphub.wire.frames import (
+    Batch,
     Deliver,
     Failure,
     HelloSubscriber,
@@ -79,6 +80,8 @@ class Worker:
         self.unsaved = 0
         self.last_snapshot = 0.0
         self.deliver: Deliver | None = None
+        self.batch: Batch | None = None
+        """That of the delivery, once somebody has asked for a key of it."""
         self.is_ready = False
         self.offsets: Sequence[int] = ()
         self.events: list[Any] = []
@@ -215,6 +218,7 @@ class Worker:
     def _handle(self, deliver: Deliver, body: bytes) -> None:
         """Run the handler for the events of one frame, and report."""
         failpoints.hit("worker.read")
+        self.batch = None
         self.deliver, self.offsets = deliver, deliver.chosen if deliver.chosen is not None else range(deliver.count)
         self.last = deliver.number + self.offsets[-1]
         alone = deliver.batch.blob is not None and deliver.batch.count == 1
@@ -434,8 +438,10 @@ class Worker:
         data = self.events[self.offsets.index(offset)]
         if self.loads is codec.load_any:  # the handler may have changed what it got: a view of that map
             data = self.blobs.read(self.deliver.batch.blob or "")
+        if self.batch is None:
+            self.batch = self.deliver.batch.read()
         payload = self.loads(data)
-        return event_of(self.deliver.batch, self.deliver.index + offset, payload, self._attempt(self.deliver.number + offset))
+        return event_of(self.batch, self.deliver.index + offset, payload, self._attempt(self.deliver.number + offset))
 
 
 def slots_of(number: int, offsets: Sequence[int]) -> Sequence[int]:

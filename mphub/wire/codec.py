@@ -23,6 +23,8 @@ MOST_CHARS, MOST_BYTES = 20_000, 64 << 10
 MAGIC = b"\0mphub\0\1"
 """No pickle begins like this."""
 ALIGNED = 64
+SHORT_BYTES, STOP = tuple(pickle.PROTO + b"\5" + pickle.SHORT_BINBYTES + bytes([length]) for length in range(256)), pickle.STOP
+"""Pickles of bytes, by length, around the bytes: half the time of ``dumps``, which makes a pickler for each."""
 _HEAD = struct.Struct("<8sQ")
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 

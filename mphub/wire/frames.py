@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import resource
 import struct
+from bisect import bisect_right
+from collections.abc import Iterator
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
@@ -116,12 +118,15 @@ def is_text(value: object) -> bool:
 
 
 class Batch(Wire, frozen=True):
-    """A run of events of one publisher: event i has the id (publisher, number + i)."""
+    """Events of one publisher: event i has the id (publisher, number + i), and the last of the keys that start at or before i."""
 
     publisher: Id
     sequence: Number
     number: Number
-    runs: Annotated[list[tuple[Key, Count]], msgspec.Meta(min_length=1)]
+    count: Count
+    keys: Annotated[list[Key], msgspec.Meta(min_length=1)]
+    starts: Annotated[list[Number], msgspec.Meta(min_length=1)]
+    """Two lists, as pairs would cost the router and each subscriber an object more for each of a thousand keys."""
     published_at: float
     epoch: int = 0
     """The drain epoch of the cause; 0: that of the arrival."""
@@ -136,11 +141,23 @@ class Batch(Wire, frozen=True):
     """Bytes of the body, wherever it is."""
     extras: dict[int, Extra] | None = None
 
-    @property
-    def count(self) -> int:
-        if len(self.runs) == 1:  # nearly always
-            return self.runs[0][1]
-        return sum(count for _, count in self.runs)
+    def key(self, index: int) -> str:
+        """Return the key of one event."""
+        return self.keys[bisect_right(self.starts, index) - 1]
+
+    def runs(self) -> Iterator[tuple[str, int, int]]:
+        """Yield (key, first event, end)."""
+        return zip(self.keys, self.starts, [*self.starts[1:], self.count], strict=True)
+
+
+class Unread(Batch, frozen=True):
+    """A batch as subscribers get it: its keys, of which there may be a thousand, are read once a handler asks for one."""
+
+    keys: msgspec.Raw  # type: ignore[assignment]
+    starts: msgspec.Raw  # type: ignore[assignment]
+
+    def read(self) -> Batch:
+        return _batch.decode(encode(self))
 
 
 class Confirm(Wire, frozen=True):
@@ -198,7 +215,7 @@ class Deliver(Wire, frozen=True):
     epoch: int
     index: int
     count: int
-    batch: Batch
+    batch: Unread
     chosen: list[int] | None = None
     """Offsets of the events that are for this subscriber (None: all); the body holds just these, a blob holds all."""
     attempts: dict[int, int] | None = None
@@ -303,6 +320,9 @@ join = _encoder.encode
 def decoder(kind: type[T]) -> msgspec.msgpack.Decoder[T]:
     """Make the strict decoder of one header struct."""
     return msgspec.msgpack.Decoder(kind)
+
+
+_batch = decoder(Batch)
 
 
 def frame(kind: int, header: bytes = b"", body: bytes | memoryview = b"") -> bytes:

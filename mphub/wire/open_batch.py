@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from operator import sub
 from typing import Any
 
 from mphub.wire.frames import MAX_EVENTS, Extra
@@ -34,7 +33,7 @@ class OpenBatch:
         self.limit = 0
         """Bytes that it may reach without the lock; 0: it is closed."""
         self.events: list[bytes] = []
-        self.runs: list[str | int] = []
+        self.runs: list[Any] = []
         """A key, the place of its first event, a key, ...: one list, so that one step adds both."""
         self.key: str | None = None
         """That of the last run."""
@@ -61,14 +60,6 @@ class OpenBatch:
         self.runs += (key, len(self.events))
         self.key = key
         self.size += len(key) + RUN_BYTES
-
-    def counts(self) -> list[tuple[str, int]]:
-        """Return the runs as (key, count)."""
-        keys: list[Any] = self.runs[::2]
-        starts: list[Any] = self.runs[1::2]
-        counts = list(map(sub, [*starts[1:], len(self.events)], starts))
-        found = list(zip(keys, counts, strict=True))
-        return found if 0 not in counts else [run for run in found if run[1]]
 
 
 def is_atomic() -> bool:

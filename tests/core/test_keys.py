@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +45,7 @@ def test_what_is_no_key_is_explained(key: str, why: str) -> None:
 
 
 @pytest.mark.parametrize("key", [None, 3, b"orders", ["orders"]])
-def test_a_key_is_a_str(key: object) -> None:
+def test_a_key_is_a_str(key: Any) -> None:
     with pytest.raises((InvalidKey, TypeError)):
         check_key(key)
 

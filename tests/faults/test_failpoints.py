@@ -69,7 +69,7 @@ def test_a_file_goes_though_its_router_dies_between_the_commit_and_its_removal(t
     first = Exchange(Journal(tmp_path, 64 << 20), blobs, 64 << 20, time.time)
     first.references.sweep = lambda: None  # type: ignore[method-assign]
     with first.turn():
-        batch = Batch(7, 1, 1, [("nobody", 1)], 0.0, blob=name, size=100_000)
+        batch = Batch(7, 1, 1, 1, ["nobody"], [0], 0.0, blob=name, size=100_000)
         first.accept(batch, encode(batch), b"")
     first.journal.close()
     assert blobs.of_writer(7) == [name]

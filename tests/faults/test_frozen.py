@@ -33,7 +33,7 @@ def say_half(hub: EventHub) -> None:
         sock.connect(hub._address.data)
         sock.sendall(frame(frames.HELLO_PUBLISHER, encode(HelloPublisher(hub._address.token, 7, me.pid, me.create_time()))))
         for number in (1, 2):
-            whole = frame(frames.BATCH, encode(Batch(7, number, number, [("k", 1)], 0.0, size=len(body))), body)
+            whole = frame(frames.BATCH, encode(Batch(7, number, number, 1, ["k"], [0], 0.0, size=len(body))), body)
             sock.sendall(whole if number == 1 else whole[: len(whole) // 2])
         signal.pause()
 

@@ -120,7 +120,7 @@ TAKEN = {
     "client": {frames.CALL},
 }
 """Kinds that the hub takes from whom."""
-BATCH = Batch(7, 1, 1, [("k", 1)], 0.0, size=1)
+BATCH = Batch(7, 1, 1, 1, ["k"], [0], 0.0, size=1)
 
 
 def insults(peer: str) -> Iterator[bytes]:
@@ -142,15 +142,19 @@ def lies(peer: str) -> Iterator[bytes]:
     """Yield frames of the right kind that say what cannot be."""
     if peer == "publisher":
         for batch in (
-            Batch(8, 1, 1, [("k", 1)], 0.0),
-            Batch(7, 0, 1, [("k", 1)], 0.0),
-            Batch(7, 1, 1, [], 0.0),
-            Batch(7, 1, 1, [("k", 0)], 0.0),
-            Batch(7, 1, 1, [("k", -1), ("k", 2)], 0.0),
-            Batch(7, 1, 1, [("", 1)], 0.0),
-            Batch(7, 1, 1, [("k" * 300, 1)], 0.0),
-            Batch(7, 1, 1, [("k", 1 << 40)], 0.0),
-            Batch(7, 1, 1, [("k", 2)], 0.0),
+            Batch(8, 1, 1, 1, ["k"], [0], 0.0),
+            Batch(7, 0, 1, 1, ["k"], [0], 0.0),
+            Batch(7, 1, 1, 1, [], [], 0.0),
+            Batch(7, 1, 1, 0, ["k"], [0], 0.0),
+            Batch(7, 1, 1, 1, ["k", "k"], [0, -1], 0.0),
+            Batch(7, 1, 1, 1, ["k"], [1], 0.0),
+            Batch(7, 1, 1, 1, ["k"], [0, 0], 0.0),
+            Batch(7, 1, 1, 1, ["k", "k"], [0, 2], 0.0),
+            Batch(7, 1, 1, 1, ["k", "k", "k"], [0, 1, 0], 0.0),
+            Batch(7, 1, 1, 1, [""], [0], 0.0),
+            Batch(7, 1, 1, 1, ["k" * 300], [0], 0.0),
+            Batch(7, 1, 1, 1 << 40, ["k"], [0], 0.0),
+            Batch(7, 1, 1, 2, ["k"], [0], 0.0),
         ):
             yield frame(frames.BATCH, encode(batch), join([b"x"]))
         yield frame(frames.BATCH, encode(BATCH), b"")

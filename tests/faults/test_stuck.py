@@ -136,7 +136,7 @@ def test_what_a_stuck_one_does_not_take_leaves_nothing_behind(overflow: str, tmp
     box = exchange.boxes["k"]
     sizes = []
     for turn in range(200):
-        batch = Batch(7, turn + 1, 10 * turn + 1, [("k", 10)], 0.0)
+        batch = Batch(7, turn + 1, 10 * turn + 1, 10, ["k"], [0], 0.0)
         with exchange.turn():
             exchange.accept(batch, encode(batch), join([b"x"] * 10))
             exchange.letters.purge(None, None)

@@ -64,9 +64,10 @@ def test_garbage_for_a_header_is_an_error_and_nothing_worse(data: bytes) -> None
 
 
 def test_a_header_travels_as_it_is() -> None:
-    batch = Batch(1, 2, 3, [("a", 1), ("b", 2)], 4.5, 6, "target", True, True, "blob", 7, {0: frames.Extra("key", {"h": "v"})})
+    batch = Batch(1, 2, 3, 3, ["a", "b"], [0, 1], 4.5, 6, "target", True, True, "blob", 7, {0: frames.Extra("key", {"h": "v"})})
     assert decoder(Batch).decode(encode(batch)) == batch
-    assert batch.count == 3
+    assert list(batch.runs()) == [("a", 0, 1), ("b", 1, 3)]
+    assert [batch.key(index) for index in range(3)] == ["a", "b", "b"]
 
 
 def test_random_bytes_never_do_more_than_end_a_stream() -> None:
