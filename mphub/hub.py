@@ -368,7 +368,7 @@ class EventHub:
         inbox: Inbox = Inbox(),  # noqa: B008
         limits: Limits = Limits(),  # noqa: B008
         snapshot: Snapshot | None = None,
-        replicas: int = 1,
+        replicas: int | str = 1,
         ordered: bool = False,
         concurrency: int = 1,
         process: str | None = None,
@@ -384,7 +384,7 @@ class EventHub:
 
         Raises InvalidKey, InvalidOption, PayloadError (the handler cannot be pickled), NameTaken.
         """
-        refuse_unavailable(replicas=(replicas, 1), ordered=(ordered, False), concurrency=(concurrency, 1), process=(process, None))
+        refuse_unavailable(ordered=(ordered, False), concurrency=(concurrency, 1), process=(process, None))
         refuse_unavailable(batch=(batch, None), where=(where, None), rate=(rate, None), recycle=(recycle, None))
         refuse_unavailable(env=(env or None, None), replace=(replace, False), start=(start, "new"))
         check_types(inbox=(inbox, Inbox), limits=(limits, Limits))
@@ -393,7 +393,8 @@ class EventHub:
         self._must_own_unless_importing("subscribe")
         inbox = msgspec.structs.replace(inbox, max_bytes=parse_share(inbox.max_bytes, self._capacity, "Inbox(max_bytes)"))
         with self._lock:
-            spec = make_spec(keys, handler, self._subscriptions.free_name(handler, name), to, retry, restart, inbox, limits, snapshot)
+            free = self._subscriptions.free_name(handler, name)
+            spec = make_spec(keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas)
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             self._subscriptions[spec.name] = subscription
             if self._engine is not None:

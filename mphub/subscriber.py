@@ -34,6 +34,7 @@ class Subscriber(Generic[T, R]):
     name: str
     """The subscription's name, set before ``setup``."""
     replica: int = 0
+    """Which of the subscriber's processes this is, from 0 on; a restarted one keeps its number."""
     log: logging.Logger
     """The logger ``mphub.subscriber.<name>``."""
 

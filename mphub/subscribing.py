@@ -12,10 +12,14 @@ from mphub.core.keys import check_key, check_name, check_pattern
 from mphub.errors import InvalidKey, InvalidOption
 from mphub.events import Topic, str_of
 from mphub.options import Inbox, Limits, Restart, Retry, Snapshot
-from mphub.procs import handlers
+from mphub.procs import boot, handlers
 from mphub.subscriber import Subscriber
 from mphub.wire import codec
 from mphub.wire.specs import Spec, Surroundings
+
+
+MAX_REPLICAS = 1000
+"""Each is a process of 5 MB at least."""
 
 
 class SubscribeOptions(TypedDict, total=False):
@@ -28,7 +32,7 @@ class SubscribeOptions(TypedDict, total=False):
     inbox: Inbox
     limits: Limits
     snapshot: Snapshot | None
-    replicas: int
+    replicas: int | str
     ordered: bool
     concurrency: int
     process: str | None
@@ -46,7 +50,7 @@ Handler = Callable[..., object] | type[Subscriber[Any, Any]] | Subscriber[Any, A
 
 def make_spec(
     keys: str | Topic[Any] | Sequence[str | Topic[Any]], handler: Handler, name: str, to: str | Topic[Any] | None,
-    retry: Retry, restart: Restart, inbox: Inbox, limits: Limits, snapshot: Snapshot | None,
+    retry: Retry, restart: Restart, inbox: Inbox, limits: Limits, snapshot: Snapshot | None, replicas: int | str,
 ) -> Spec:  # fmt: skip
     """Check a subscription and pickle its handler.
 
@@ -62,6 +66,7 @@ def make_spec(
         surroundings=surroundings(),
         inbox=inbox, limits=limits, restart=restart, max_attempts=retry.max_attempts,
         snapshot=snapshot_rule(cls, snapshot), answers=True if cls is None else cls.answers,
+        replicas=replicas_of(replicas),
     )  # fmt: skip
 
 
@@ -75,6 +80,18 @@ def patterns_of(keys: object) -> list[str]:
     if not isinstance(keys, list | tuple | set | frozenset) or not keys:
         raise InvalidKey(f"keys: got {type(keys).__name__} {keys!r:.60}; expected a key, pattern, Topic, or a list of them")
     return list(dict.fromkeys(check_pattern(str_of(key)) for key in keys))
+
+
+def replicas_of(replicas: int | str) -> int:
+    """Return how many processes: as many as this one may use cores if ``"auto"``.
+
+    Raises InvalidOption.
+    """
+    if replicas == "auto":
+        return boot.cpu_limit()
+    if isinstance(replicas, bool) or not isinstance(replicas, int) or not 1 <= replicas <= MAX_REPLICAS:
+        raise InvalidOption(f"replicas: got {replicas!r:.60}; expected an int from 1 to {MAX_REPLICAS}, or 'auto'")
+    return replicas
 
 
 def snapshot_rule(cls: type[Subscriber[Any, Any]] | None, rule: Snapshot | None) -> Snapshot | None:

@@ -1,53 +1,22 @@
-"""Delivery to one subscriber process: what waits, what it holds, who is charged when it dies. Pure: values in, values out."""
+"""Delivery to one subscriber process: what it holds, who is charged when it dies. Pure: values in, values out."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from mphub.core.credit import Credit
-from mphub.core.rows import Row
+from mphub.core.spans import Spans, contains, indexes, length, spans_of, subtract
+from mphub.core.window import Piece, Portion, Window
 
 WAITING, RUNNING, HANDLED, DONE, FAILED = range(5)
 """State bytes: not started; runs; returned, outputs not committed; returned, nothing to commit; raised, report on its way."""
 
-Spans = list[tuple[int, int]]
-"""Ranges [first, last) of event indexes in a row, ascending."""
 Range = tuple[int, int, int, int]
 """What was handed out together: (first delivery number, count, row, index of the first event)."""
 MAX_HELD = 1000
 """Ranges that one process holds; a board remembers 1024."""
-
-
-@dataclass(slots=True, eq=False)
-class Portion:
-    """The events of one row that are for one subscriber."""
-
-    row: Row
-    todo: Spans
-    size: int
-    """Bytes per event, on average."""
-    attempts: dict[int, int] = field(default_factory=dict)
-    """index -> number of its next run, of those that run alone: it is not their first, or they are suspected."""
-
-    @property
-    def count(self) -> int:
-        return length(self.todo)
-
-    def finish(self, spans: Spans) -> None:
-        """Take events off the list."""
-        self.todo = [] if spans == self.todo else subtract(self.todo, spans)
-        if self.attempts:
-            self.attempts = {i: n for i, n in self.attempts.items() if contains(self.todo, i)}
-
-
-@dataclass(slots=True, eq=False)
-class Piece:
-    """Events of a portion that wait together."""
-
-    portion: Portion
-    spans: Spans
 
 
 @dataclass(slots=True, eq=False)
@@ -89,13 +58,13 @@ class Verdict:
 
 
 class Delivery:
-    """One subscriber's inbox and what its process holds."""
+    """What one process of a subscriber holds of what waits for that."""
 
-    def __init__(self, max_attempts: int, credit: Credit, slots: int) -> None:
+    def __init__(self, window: Window, max_attempts: int, credit: Credit, slots: int) -> None:
+        self.window = window
         self.max_attempts = max_attempts
         self.credit = credit
         self.slots = slots
-        self.waiting: deque[Piece] = deque()
         self.held: deque[Held] = deque()
         self.holding = 0
         """Events in there."""
@@ -105,74 +74,28 @@ class Delivery:
         """The next delivery number."""
         self.generation = 0
         """Grows when the process gives back what it holds: frames under way then are void."""
-        self.loaded = 0
-        self.loaded_bytes = 0
-
-    # -- what waits
-
-    def add(self, portion: Portion) -> None:
-        """Append the events of a portion."""
-        self._put(Piece(portion, portion.todo), self.waiting.append)
-
-    def add_first(self, portion: Portion) -> None:
-        """Put the events of a portion before all others: their turn has passed already."""
-        self._put(Piece(portion, portion.todo), self.waiting.appendleft)
-
-    def _put(self, piece: Piece, put: Callable[[Piece], None]) -> None:
-        put(piece)
-        count = length(piece.spans)
-        self.loaded += count
-        self.loaded_bytes += count * piece.portion.size
-
-    def drop_waiting(self) -> list[Piece]:
-        """Empty the inbox; what the process holds stays."""
-        pieces = list(self.waiting)
-        self.waiting.clear()
-        self.loaded = self.loaded_bytes = 0
-        return pieces
-
-    def take_oldest(self, count: int) -> Iterator[tuple[Portion, Spans]]:
-        """Take up to ``count`` events off the front of the inbox."""
-        while count and self.waiting:
-            piece = self.waiting[0]
-            taken = first_of(piece.spans, count)
-            piece.spans = subtract(piece.spans, taken)
-            if not piece.spans:
-                self.waiting.popleft()
-            gone = length(taken)
-            count -= gone
-            self.loaded -= gone
-            self.loaded_bytes -= gone * piece.portion.size
-            yield piece.portion, taken
-
-    def prune(self) -> None:
-        """Let waiting events go that have ended meanwhile."""
-        for piece in self.drop_waiting():
-            spans = subtract(piece.spans, subtract(piece.spans, piece.portion.todo))
-            if spans:
-                self._put(Piece(piece.portion, spans), self.waiting.append)
 
     # -- what the process holds
 
     def claim(self, ranges: list[Range]) -> None:
         """Move waiting events to held: a process that this router did not hand them to says that it has them."""
         for number, count, row, index in ranges:
-            for piece in [p for p in self.waiting if p.portion.row.id == row]:
+            for piece in [p for p in self.window.waiting if p.portion.row.id == row]:
                 rest = subtract(piece.spans, [(index, index + count)])
                 spans = subtract(piece.spans, rest)
                 if spans:
                     piece.spans = rest
                     self.held.append(Held(number, index, count, piece.portion, spans))
                     self.holding += length(spans)
-        for piece in self.drop_waiting():
+        for piece in self.window.drop_waiting():
             if piece.spans:
-                self._put(piece, self.waiting.append)
+                self.window.put(piece, self.window.waiting.append)
 
-    def take(self) -> Held | None:
-        """Move the next events, as far as credit goes, from waiting to held."""
-        if not self.waiting or (room := self._room()) <= 0:
+    def take(self, most: int | None = None) -> Held | None:
+        """Move the next events, as far as credit goes and at most so many, from waiting to held."""
+        if not self.window.waiting or (room := self._room() if most is None else min(self._room(), most)) <= 0:
             return None
-        piece = self.waiting[0]
+        piece = self.window.waiting[0]
         first = piece.spans[0][0]
         alone = first in piece.portion.attempts
         if alone and self.held:
@@ -206,17 +129,12 @@ class Delivery:
         return taken
 
     def _hold(self, piece: Piece, taken: Spans, alone: bool) -> Held:
-        piece.spans = subtract(piece.spans, taken)
-        if not piece.spans:
-            self.waiting.popleft()
+        self.window.taken(piece, taken)
         index, end = taken[0][0], taken[-1][1]
         held = Held(self.number, index, end - index, piece.portion, taken, alone)
         self.number += end - index
         self.held.append(held)
-        count = length(taken)
-        self.holding += count
-        self.loaded -= count
-        self.loaded_bytes -= count * piece.portion.size
+        self.holding += length(taken)
         return held
 
     def find(self, number: int) -> tuple[Portion, int] | None:
@@ -262,12 +180,7 @@ class Delivery:
         self.holding = 0
         while self.held:
             held = self.held.pop()
-            self._put(Piece(held.portion, held.spans), self.waiting.appendleft)
-
-    def again(self, portion: Portion, index: int, attempt: int) -> None:
-        """Put one event to the front, to be run alone."""
-        portion.attempts[index] = attempt
-        self._put(Piece(portion, [(index, index + 1)]), self.waiting.appendleft)
+            self.window.put(Piece(held.portion, held.spans), self.window.waiting.appendleft)
 
     def died(self, states: Callable[[int, int], bytes], charged: Callable[[int], bool]) -> Verdict:
         """Settle what a dead process held, by its state bytes; the rest goes back to the front in order.
@@ -282,7 +195,7 @@ class Delivery:
         self.holding = 0
         self.generation += 1
         for piece in reversed(back):
-            self._put(piece, self.waiting.appendleft)
+            self.window.put(piece, self.window.waiting.appendleft)
         suspect(verdict)
         return verdict
 
@@ -293,12 +206,12 @@ class Delivery:
         """
         numbers = {(row, index + i): number + i for number, count, row, index in ranges for i in range(count)}
         verdict = Verdict()
-        for piece in self.drop_waiting():
+        for piece in self.window.drop_waiting():
             places = [(index, numbers.get((piece.portion.row.id, index))) for index in indexes(piece.spans)]
             seen = [(index, states(number, 1)[0] if number is not None else WAITING, number) for index, number in places]
             rest = self._judge(piece.portion, [(i, state, number is not None and charged(number)) for i, state, number in seen], verdict)
             if rest:
-                self._put(Piece(piece.portion, rest), self.waiting.append)
+                self.window.put(Piece(piece.portion, rest), self.window.waiting.append)
         suspect(verdict)
         return verdict
 
@@ -350,72 +263,6 @@ def suspect(verdict: Verdict) -> None:
 
 def failures_of(portion: Portion, failed: dict[int, tuple[Portion, int]]) -> Spans:
     return spans_of(sorted(index for owner, index in failed.values() if owner is portion))
-
-
-# -- spans
-
-
-def length(spans: Spans) -> int:
-    if len(spans) == 1:  # nearly always
-        return spans[0][1] - spans[0][0]
-    return sum(b - a for a, b in spans)
-
-
-def contains(spans: Spans, index: int) -> bool:
-    return any(a <= index < b for a, b in spans)
-
-
-def indexes(spans: Spans) -> Iterator[int]:
-    for a, b in spans:
-        yield from range(a, b)
-
-
-def first_of(spans: Spans, count: int) -> Spans:
-    """Return the first so many indexes of some spans."""
-    found: Spans = []
-    for a, b in spans:
-        if count <= 0:
-            break
-        found.append((a, min(b, a + count)))
-        count -= b - a
-    return found
-
-
-def spans_of(numbers: Iterable[int]) -> Spans:
-    """Join ascending indexes to spans."""
-    spans: Spans = []
-    for i in numbers:
-        if spans and spans[-1][1] == i:
-            spans[-1] = (spans[-1][0], i + 1)
-        else:
-            spans.append((i, i + 1))
-    return spans
-
-
-def subtract(spans: Spans, gone: Spans) -> Spans:
-    """Return ``spans`` without ``gone``; both ascending."""
-    if not gone:
-        return spans
-    count = len(gone)
-    if gone == spans[:count]:  # nearly always: the first ones
-        return spans[count:]
-    left: Spans = []
-    cuts = iter(gone)
-    cut = next(cuts, None)
-    for a, b in spans:
-        start = a
-        while cut is not None and cut[1] <= start:
-            cut = next(cuts, None)
-        while cut is not None and cut[0] < b:
-            if cut[0] > start:
-                left.append((start, cut[0]))
-            start = max(start, cut[1])
-            if cut[1] > b:
-                break
-            cut = next(cuts, None)
-        if start < b:
-            left.append((start, b))
-    return left
 
 
 def parts_within(handed_out: Range, numbers: Spans) -> Iterator[Range]:

@@ -64,11 +64,11 @@ def share(batch: Batch) -> int:
     return (batch.size + ROW) // batch.count
 
 
-def event_of(batch: Batch, index: int, payload: object, attempt: int) -> Event:
+def event_of(batch: Batch, index: int, payload: object, attempt: int, replica: int = 0) -> Event:
     """Describe one event of a batch as handlers see it."""
     extra = (batch.extras or {}).get(index, Extra())
     return Event(
         id=EventId.make(batch.publisher, batch.number + index), key=batch.key(index), payload=payload,
         ordering_key=extra.ordering_key, priority=0, headers=extra.headers or {}, published_at=batch.published_at,
-        attempt=attempt, replica=0, cancelled=False,
+        attempt=attempt, replica=replica, cancelled=False,
     )  # fmt: skip

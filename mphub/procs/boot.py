@@ -201,6 +201,18 @@ def memory_limit() -> int:
     return total
 
 
+def cpu_limit() -> int:
+    """Return how many cores this process may use: its affinity, or its cgroup's quota if less."""
+    cores = len(os.sched_getaffinity(0))
+    root = Path("/sys/fs/cgroup")
+    for files in ([root / "cpu.max"], [root / "cpu/cpu.cfs_quota_us", root / "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # none, or no limit: "max"
+            quota, period = map(int, " ".join(file.read_text() for file in files).split())
+            if quota > 0:
+                cores = min(cores, max(1, quota // period))
+    return cores
+
+
 def capacity(folder: Path) -> int:
     """Return what a percentage of ``max_bytes`` is of: the disk or memory that holds the folder."""
     space = os.statvfs(folder)

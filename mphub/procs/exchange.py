@@ -13,11 +13,14 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from mphub import failpoints
-from mphub.core.delivery import Portion, Range, Spans, Verdict, first_of, indexes, length, parts_within, subtract
+from mphub.core.delivery import Range, Verdict, parts_within
 from mphub.core.keys import nearest
 from mphub.core.rows import Row, part_of, share
+from mphub.core.spans import Spans, first_of, indexes, length, subtract
 from mphub.core.table import RoutingTable
+from mphub.core.window import Portion
 from mphub.errors import JournalError
+from mphub.procs.consumer import Consumer
 from mphub.procs.letters import Cause, Letters
 from mphub.procs.mailbox import LASTING, Mailbox, single_portion
 from mphub.procs.recovery import recover
@@ -188,8 +191,8 @@ class Exchange:
         """Drop everything that waits, counted; requests end with Dropped."""
         dropped = 0
         self._load_delayed(box, None)
-        while box.delivery.waiting or box.tail is not None:
-            for piece in box.delivery.drop_waiting():
+        while box.window.waiting or box.tail is not None:
+            for piece in box.window.drop_waiting():
                 dropped += self._drop(box, piece.portion, piece.spans, reason)
             self.refill(box)
         return dropped
@@ -216,10 +219,10 @@ class Exchange:
             self._fail_requests(box)
 
     def _fail_requests(self, box: Mailbox) -> None:
-        for piece in list(box.delivery.waiting):
+        for piece in list(box.window.waiting):
             if piece.portion.row.batch.reply:
                 self._fail_request(box, piece.portion, piece.spans)
-        box.delivery.prune()
+        box.window.prune()
 
     def _fail_request(self, box: Mailbox, portion: Portion, spans: Spans) -> None:
         self._answer_all(portion.row, spans, "fatal", encode((box.name, box.status)))
@@ -391,25 +394,25 @@ class Exchange:
 
     def _drop_oldest(self, box: Mailbox, excess: int) -> None:
         """Drop what has waited longest; what the process has been given stays."""
-        while excess and (box.delivery.waiting or box.tail is not None):
-            for portion, spans in box.delivery.take_oldest(excess):
+        while excess and (box.window.waiting or box.tail is not None):
+            for portion, spans in box.window.take_oldest(excess):
                 excess -= self._drop(box, portion, spans, "overflow")
             self.refill(box)
 
     # -- what became of them
 
-    def report(self, box: Mailbox, incarnation: int, report: Report, now: float) -> bool:
+    def report(self, consumer: Consumer, report: Report, now: float) -> bool:
         """Commit acks, failures, outputs, replies and snapshot of one frame together; a repeat is dropped whole.
 
         Return whether events have ended by it. Raises JournalError: it cannot keep the outputs; nothing of the frame is committed.
         """
+        box, incarnation, delivery = consumer.box, consumer.incarnation, consumer.delivery
         if report.frame <= self.frames.get(incarnation, (0, 0))[0]:
             return False
         if report.outputs and self.used + sum(output.batch.size for output in report.outputs) > self.max_bytes:
             raise JournalError(f"{box.name} publishes more than the hub can keep ({self.max_bytes} bytes): raise max_bytes")
         self.frames[incarnation] = (report.frame, report.upto)
         self._dirty_frames.add(incarnation)
-        delivery = box.delivery
         failed = {f.number: found for f in report.failures if (found := delivery.find(f.number))}
         # sent again to a new router it is of a generation before its hello, which has given all back already
         finished = delivery.report(report.upto, failed, returned=report.returned and report.generation >= delivery.generation)
@@ -418,7 +421,7 @@ class Exchange:
         for reply in report.replies:
             self.letters.reply(reply)
         if report.snapshot is not None or report.snapshot_blob is not None:
-            self.letters.keep_snapshot(box.name, report.snapshot or b"", report.snapshot_blob)
+            self.letters.keep_snapshot(consumer.snapshot_key, report.snapshot or b"", report.snapshot_blob)
         for portion, spans in finished:
             box.counters.handled += length(spans)
             self.settle(box, portion, spans)
@@ -444,7 +447,7 @@ class Exchange:
             if failure.delay > 0:
                 self._postpone(box, portion, index, attempt + 1, now + failure.delay)
             else:
-                box.delivery.again(portion, index, attempt + 1)
+                box.window.again(portion, index, attempt + 1)
                 self.touch(box)[row.id] = portion
         else:
             reason = "rejected" if failure.reason == "rejected" else "exception"
@@ -477,17 +480,13 @@ class Exchange:
         return number
 
     def died(
-        self,
-        box: Mailbox,
-        incarnation: int,
-        states: Callable[[int, int], bytes],
-        charged: Callable[[int], bool],
-        cause: Cause,
-    ) -> None:
+        self, consumer: Consumer, states: Callable[[int, int], bytes], charged: Callable[[int], bool], cause: Cause
+    ) -> None:  # fmt: skip
         """Settle what a reaped process held."""
-        self._died(box, incarnation, box.delivery.died(states, charged), cause)
+        self._died(consumer, consumer.delivery.died(states, charged), cause)
 
-    def _died(self, box: Mailbox, incarnation: int, verdict: Verdict, cause: Cause) -> None:
+    def _died(self, consumer: Consumer, verdict: Verdict, cause: Cause) -> None:
+        box = consumer.box
         for portion, spans in verdict.finished:
             box.counters.handled += length(spans)
             self.settle(box, portion, spans)
@@ -497,8 +496,8 @@ class Exchange:
             self.touch(box)[portion.row.id] = portion
         box.counters.retried += len(verdict.again)
         self.touch(box)
-        self.frames[incarnation] = (SETTLED, 0)  # should this be asked again, after a router's death
-        self._dirty_frames.add(incarnation)
+        self.frames[consumer.incarnation] = (SETTLED, 0)  # should this be asked again, after a router's death
+        self._dirty_frames.add(consumer.incarnation)
 
     def forget_incarnation(self, incarnation: int) -> None:
         """Forget a death that is settled, and remove the files that this process made for what was never committed."""
@@ -555,7 +554,7 @@ class Exchange:
     def _load_delayed(self, box: Mailbox, now: float | None) -> None:
         while box.delayed and (now is None or box.delayed[0][0] <= now):
             _, number = heapq.heappop(box.delayed)
-            self.load_single(box, number, box.delivery.add_first)
+            self.load_single(box, number, box.window.add_first)
 
     def load_single(self, box: Mailbox, number: int, put: Callable[[Portion], None]) -> None:
         value = self.journal.get("singles", box.number.to_bytes(4, "big") + number.to_bytes(8, "big"))
@@ -596,20 +595,20 @@ class Exchange:
 
     # -- after a restart
 
-    def claim(self, box: Mailbox, incarnation: int, claims: list[tuple[int, int]], ranges: list[Range]) -> None:
+    def claim(self, consumer: Consumer, claims: list[tuple[int, int]], ranges: list[Range]) -> None:
         """Take as held what a process says it has run and this router has not committed."""
-        _, upto = self.frames.get(incarnation, (0, 0))
+        _, upto = self.frames.get(consumer.incarnation, (0, 0))
         spans = [(max(number, upto), number + count) for number, count in claims if number + count > upto]
         held = [part for each in ranges for part in parts_within(each, spans)]
-        self._cover(box, held)
-        box.delivery.claim(held)
+        self._cover(consumer.box, held)
+        consumer.delivery.claim(held)
 
-    def died_unseen(self, box: Mailbox, incarnation: int, board: Board, charged: Callable[[int], bool], cause: Cause) -> None:
+    def died_unseen(self, consumer: Consumer, board: Board, charged: Callable[[int], bool], cause: Cause) -> None:
         """Settle what a process held that died before it had met this router."""
-        _, upto = self.frames.get(incarnation, (0, 0))
+        _, upto = self.frames.get(consumer.incarnation, (0, 0))
         ranges = [part for each in board.ranges() for part in parts_within(each, [(upto, SETTLED)])]
-        self._cover(box, ranges)
-        self._died(box, incarnation, box.delivery.died_unseen(ranges, board.states, charged), cause)
+        self._cover(consumer.box, ranges)
+        self._died(consumer, consumer.delivery.died_unseen(ranges, board.states, charged), cause)
 
     def _cover(self, box: Mailbox, ranges: list[Range]) -> None:
         """Widen the window until it has all rows of some ranges."""

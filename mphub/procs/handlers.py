@@ -119,7 +119,7 @@ def default_name(handler: object) -> str:
     return check_name("handler" if handler_name == "<lambda>" or not name else name)
 
 
-def load(work: Work, name: str) -> Runner:
+def load(work: Work, name: str, replica: int = 0) -> Runner:
     """Build what runs; in the subscriber's process."""
     handler = _import(work.handler) if isinstance(work.handler, str) else work.handler
     made = handler
@@ -127,7 +127,7 @@ def load(work: Work, name: str) -> Runner:
         made = handler()
     if not isinstance(made, Subscriber):
         return _callable(made)
-    made.name, made.log = name, logging.getLogger(f"mphub.subscriber.{name}")
+    made.name, made.replica, made.log = name, replica, logging.getLogger(f"mphub.subscriber.{name}")
     runner = _callable(made.handle)
     runner.subscriber = made
     return runner

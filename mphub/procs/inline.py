@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from mphub.connection import settle_reply
@@ -20,7 +19,9 @@ from mphub.core.rows import Row, event_of
 from mphub.errors import HubError, NoSubscriber, Reject, RetryLater
 from mphub.events import Event, EventId
 from mphub.procs import handlers
+from mphub.procs.consumer import Consumer
 from mphub.procs.exchange import Exchange
+from mphub.procs.mailbox import Mailbox
 from mphub.procs.outputs import Outputs
 from mphub.reply import Reply
 from mphub.store.blobs import Blobs
@@ -45,15 +46,13 @@ class NoBlobs(Blobs):
         return []
 
 
-@dataclass
-class Post:
+class Post(Consumer):
     """A subscriber in this process."""
 
-    spec: Spec
-    work: handlers.Work
-    runner: handlers.Runner
-    incarnation: int
-    frame: int = 0
+    def __init__(self, incarnation: int, box: Mailbox, work: handlers.Work, runner: handlers.Runner) -> None:
+        super().__init__(incarnation, box)
+        self.work, self.runner = work, runner
+        self.frame = 0
 
 
 class Inline:
@@ -110,7 +109,7 @@ class Inline:
             self._set_status(spec.name, "FATAL")
             return
         self.errors.pop(spec.name, None)
-        self.posts[spec.name] = Post(spec, work, runner, next(self._incarnations))
+        self.posts[spec.name] = Post(next(self._incarnations), self.exchange.boxes[spec.name], work, runner)
         self._set_status(spec.name, "RUNNING")
 
     def _set_status(self, name: str, status: str) -> None:
@@ -230,14 +229,14 @@ class Inline:
 
     def _step(self) -> bool:
         self._answer()
-        boxes = self.exchange.boxes.values()  # but those of handlers that wait for an answer
-        waiting = [box for box in boxes if box.delivery.waiting and not box.delivery.held and box.name in self.posts]
+        posts = self.posts.values()  # but those of handlers that wait for an answer
+        waiting = [post for post in posts if post.box.window.waiting and not post.delivery.held]
         if not waiting:
             return self._wait_for_retry()
-        box = min(waiting, key=lambda box: box.delivery.waiting[0].portion.row.id)
-        held = box.delivery.take()
+        post = min(waiting, key=lambda post: post.box.window.waiting[0].portion.row.id)
+        held = post.delivery.take()
         if held is not None:
-            self._run(self.posts[box.name], held)
+            self._run(post, held)
         return True
 
     def _wait_for_retry(self) -> bool:
@@ -264,7 +263,7 @@ class Inline:
     def _run(self, post: Post, held: Held) -> None:
         """Run one event and commit what came of it; credit is one, as there is no process to run ahead."""
         row, index = held.portion.row, held.index
-        self.name, self.thread = post.spec.name, threading.get_ident()
+        self.name, self.thread = post.box.name, threading.get_ident()
         attempt = held.portion.attempts.get(index, 1)
         failures, replies = [], []
         interrupt: BaseException | None = None
@@ -287,10 +286,9 @@ class Inline:
         report = Report(post.frame, held.number + held.count, 0, 0.0, failures, self.outputs.take(), replies)
         seconds = time.perf_counter() - started
         with self.exchange.turn():
-            box = self.exchange.boxes[post.spec.name]
-            self.exchange.report(box, post.incarnation, report, time.time())
-            box.counters.seconds += seconds
-            box.samples.append(seconds)
+            self.exchange.report(post, report, time.time())
+            post.box.counters.seconds += seconds
+            post.box.samples.append(seconds)
         self.exchange.told = False
         if interrupt is not None:
             raise interrupt
@@ -321,7 +319,7 @@ class Inline:
     def _failure(self, post: Post, number: int, attempt: int, error: BaseException, row: Row) -> Failure:
         retry, delay = handlers.retry_after(post.work, error, attempt)
         reason = {Reject: "rejected", RetryLater: "later"}.get(type(error), "exception")
-        last = not retry or attempt >= post.spec.max_attempts
+        last = not retry or attempt >= post.box.spec.max_attempts
         if last and self.propagate and not row.batch.reply and self._raise is None:
             self._raise = error
             self.exchange.told = True

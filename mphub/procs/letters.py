@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mphub.core.delivery import Portion, Spans, indexes, length, spans_of, subtract
 from mphub.core.rows import Row, part_of, share
+from mphub.core.spans import Spans, indexes, length, spans_of, subtract
+from mphub.core.window import Portion
 from mphub.store.journal import Dead, on_disk
 from mphub.wire.frames import Batch, Reply, ReplyRow, decoder, encode, join, split, views
 
@@ -203,7 +204,7 @@ class Letters:
         box.counters.pending[epoch] = box.counters.pending.get(epoch, 0) + 1
         box.unfinished += 1
         box.bytes += share(dead.batch)
-        self.exchange.load_single(box, number, box.delivery.add)
+        self.exchange.load_single(box, number, box.window.add)
 
     def purge(self, name: str | None, ids: Collection[int] | None) -> int:
         """Drop dead letters, counted as ``purged``; return how many."""

@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from mphub.core.credit import Credit
-from mphub.core.delivery import Delivery, Portion
+from mphub.core.window import Portion, Window
 from mphub.core.rows import Row, share
-from mphub.store.board import SLOTS
 from mphub.store.journal import Counters, Single, SubscriberState
 from mphub.wire.frames import encode
 from mphub.wire.specs import Spec, Surroundings
@@ -32,7 +30,7 @@ class Mailbox:
 
     spec: Spec
     state: SubscriberState
-    delivery: Delivery
+    window: Window
     status: str = "STARTING"
     unfinished: int = 0
     bytes: int = 0
@@ -53,8 +51,7 @@ class Mailbox:
 
     @classmethod
     def make(cls, spec: Spec, state: SubscriberState, admitted: int) -> Mailbox:
-        delivery = Delivery(spec.max_attempts, credit_for(spec), SLOTS)
-        box = cls(spec, state, delivery, unfinished=state.counters.unfinished)
+        box = cls(spec, state, Window(), unfinished=state.counters.unfinished)
         box.adopt(spec, admitted)
         return box
 
@@ -62,7 +59,6 @@ class Mailbox:
         """Follow another subscription of the same name."""
         self.spec = spec
         self.max_bytes = min(int(spec.inbox.max_bytes), admitted // 2)
-        self.delivery.max_attempts, self.delivery.credit = spec.max_attempts, credit_for(spec)
 
     def bury(self) -> None:
         """Keep the books of one that is unsubscribed, and nothing else."""
@@ -103,18 +99,18 @@ class Mailbox:
 
     @property
     def has_waiting(self) -> bool:
-        return bool(self.delivery.waiting) or self.tail is not None
+        return bool(self.window.waiting) or self.tail is not None
 
     def room(self) -> int:
         """Return how many events still fit."""
         return 0 if self.bytes >= self.max_bytes else max(0, self.spec.inbox.maxsize - self.unfinished)
 
     def wants_more(self) -> bool:
-        delivery = self.delivery
-        return delivery.loaded < WINDOW_EVENTS and delivery.loaded_bytes < WINDOW_BYTES
+        window = self.window
+        return window.loaded < WINDOW_EVENTS and window.loaded_bytes < WINDOW_BYTES
 
     def runs_low(self) -> bool:
-        return self.tail is not None and self.delivery.loaded < WINDOW_EVENTS // 2 and self.wants_more()
+        return self.tail is not None and self.window.loaded < WINDOW_EVENTS // 2 and self.wants_more()
 
     def account(self, portion: Portion) -> None:
         """Enter new events in the books."""
@@ -131,7 +127,7 @@ class Mailbox:
             self.tail = portion.row.id
 
     def load(self, portion: Portion) -> None:
-        self.delivery.add(portion)
+        self.window.add(portion)
         if not portion.row.single:
             heapq.heappush(self.open, portion.row.id)
 
@@ -156,10 +152,6 @@ class Mailbox:
         least = 0.8 if self.full else 1.0
         over = self.unfinished >= self.spec.inbox.maxsize * least or self.bytes >= self.max_bytes * least
         self.full = over and self.overflow == "block"
-
-
-def credit_for(spec: Spec) -> Credit:
-    return Credit(cap=SLOTS // 2, least=spec.snapshot.every if spec.snapshot else 1)
 
 
 def single_portion(number: int, single: Single) -> Portion:

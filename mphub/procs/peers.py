@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING, Held
+from mphub.procs.consumer import Consumer
 from mphub.procs.mailbox import Mailbox
 from mphub.store.board import Board
 from mphub.wire.frames import MAX_TOGETHER, Batch, HelloPublisher, ProtocolError, split
@@ -28,15 +29,13 @@ class PublisherPeer:
         """It has been told that the hub stops."""
 
 
-class Seat:
-    """An incarnation of a subscriber, as the supervisor announced it."""
+class Seat(Consumer):
+    """A consumer in a process of its own, as the supervisor announced it."""
 
     __slots__ = (
         "awaited",
         "board",
-        "box",
         "fenced",
-        "incarnation",
         "met",
         "patience",
         "ready",
@@ -46,8 +45,9 @@ class Seat:
         "unconfirmed",
     )
 
-    def __init__(self, incarnation: int, box: Mailbox, board: Board) -> None:
-        self.incarnation, self.box, self.board = incarnation, box, board
+    def __init__(self, incarnation: int, box: Mailbox, replica: int, board: Board) -> None:
+        super().__init__(incarnation, box, replica)
+        self.board = board
         self.stream: Stream | None = None
         self.met = True
         """It has said to this router what it holds; a new one holds nothing."""
@@ -95,7 +95,7 @@ def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:
 
 def running_of(seat: Seat) -> int:
     """Count what a process has started and not yet had committed."""
-    states = b"".join(seat.board.states(held.number, held.count) for held in seat.box.delivery.held)
+    states = b"".join(seat.board.states(held.number, held.count) for held in seat.delivery.held)
     return sum(states.count(state) for state in (RUNNING, HANDLED, DONE, FAILED))
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mphub.core.delivery import length
 from mphub.core.rows import share
+from mphub.core.spans import length
 from mphub.procs.mailbox import Mailbox, single_portion
 from mphub.store.journal import Counters, Progress, Single, Stored, SubscriberState
 from mphub.wire.frames import decoder, encode

@@ -6,7 +6,7 @@ import time
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from mphub.core.delivery import Spans, contains, length
+from mphub.core.spans import Spans, contains, length
 from mphub.store.journal import Progress, Stored
 from mphub.wire.frames import decoder, encode, join, split
 
@@ -100,7 +100,7 @@ class Room:
         exchange = self.exchange
         self._looked &= self.is_full
         while self._looked and self.is_full and (box := self._stuck()) is not None:
-            taken = list(box.delivery.take_oldest(EVENTS))
+            taken = list(box.window.take_oldest(EVENTS))
             for portion, spans in taken:
                 exchange.letters.bury_untried(box, portion.row, spans, "overflow")
                 exchange.settle(box, portion, spans)

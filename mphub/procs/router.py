@@ -8,7 +8,8 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import msgspec
 
 from mphub import failpoints
 from mphub.core.delivery import Held
+from mphub.core.spans import length
 from mphub.errors import JournalError
 from mphub.observe.limiter import Limiter
 from mphub.observe.statistics import percentiles
@@ -27,7 +29,7 @@ from mphub.procs.mailbox import LASTING
 from mphub.procs.peers import PublisherPeer, Seat, body_of, check_batch, running_of, unpack_ids
 from mphub.reader import is_alive
 from mphub.store.blobs import ROOM_EVERY, Blobs
-from mphub.store.board import COMMITTED, RECALLED, Board
+from mphub.store.board import COMMITTED, RECALLED, SLOTS, Board
 from mphub.store.journal import Journal
 from mphub.wire import frames
 from mphub.wire.frames import (
@@ -130,8 +132,8 @@ class Router:
                 self.exchange.wake(now)
                 failpoints.hit("router.committing")
             failpoints.hit("router.committed")
-        for seat in self.seats.values():
-            if seat.box.delivery.waiting or seat.unconfirmed > seat.patience:
+        for seat in self._seats_in_turn():
+            if seat.box.window.waiting or seat.unconfirmed > seat.patience:
                 self._pump(seat)
         failpoints.hit("router.delivered")
         if self.exchange.letters.replies:
@@ -338,12 +340,12 @@ class Router:
             self._drop(seat.stream)
         stream.peer, seat.stream = seat, stream
         seat.met = True
-        delivery = seat.box.delivery
+        delivery = seat.delivery
         delivery.give_back()  # on a reconnect; a successor holds nothing yet
         delivery.generation = max(delivery.generation, hello.generation)
         seat.awaited = hello.frame
-        self.exchange.claim(seat.box, seat.incarnation, hello.claims, list(seat.board.ranges()))
-        snapshot = None if hello.ready else self.exchange.letters.snapshot(seat.box.name)
+        self.exchange.claim(seat, hello.claims, list(seat.board.ranges()))
+        snapshot = None if hello.ready else self.exchange.letters.snapshot(seat.snapshot_key)
         stream.send(frames.WELCOME, encode(Welcome(seat.told, *(snapshot or ()))))
         if hello.ready:
             self._is_ready(seat)
@@ -356,7 +358,7 @@ class Router:
         if kind == frames.REPORT:
             report = _report.decode(header)
             try:
-                if self.exchange.report(seat.box, seat.incarnation, report, time.time()):
+                if self.exchange.report(seat, report, time.time()):
                     seat.board.raise_flag(COMMITTED)
             except JournalError as error:  # its state is ahead of what is kept: another incarnation does that again
                 seat.fenced = True
@@ -378,11 +380,31 @@ class Router:
         if stream is None:
             return
         if seat.may_take():
-            while len(stream.out) < MAX_AHEAD and (held := seat.box.delivery.take()) is not None:
+            share = self._share(seat) if seat.box.spec.replicas > 1 else SLOTS
+            while share > 0 and len(stream.out) < MAX_AHEAD and (held := seat.delivery.take(share)) is not None:
+                share -= length(held.spans)
                 self._hand_out(seat, stream, held)
         if seat.unconfirmed > seat.patience:
             seat.unconfirmed = 0
             stream.send(frames.REPORT_CONFIRM, encode(seat.told))
+
+    def _seats_in_turn(self) -> Iterable[Seat]:
+        """Return all seats; of replicas the least busy first."""
+        if all(box.spec.replicas == 1 for box in self.exchange.boxes.values()):
+            return self.seats.values()
+        return sorted(self.seats.values(), key=lambda seat: seat.delivery.holding)
+
+    def _share(self, seat: Seat) -> int:
+        """Return how many events a replica may be given, so that all have the same to do.
+
+        None while another has not said what it holds: to this router that waits.
+        """
+        siblings = [other for other in self.seats.values() if other.box is seat.box]
+        if not all(other.met for other in siblings):
+            return 0
+        takers = [other.delivery.holding for other in siblings if other.may_take()]
+        level = -(-(seat.box.window.loaded + sum(takers)) // len(takers))
+        return level - seat.delivery.holding
 
     def _hand_out(self, seat: Seat, stream: Stream, held: Held) -> None:
         row, portion = held.portion.row, held.portion
@@ -390,7 +412,7 @@ class Router:
         seat.board.hand_out(held.number, held.count, row.id, held.index)
         attempts = {i: n for i, n in portion.attempts.items() if held.index <= i < held.index + held.count} if portion.attempts else None
         header = encode(DeliverRaw(
-            held.number, seat.box.delivery.generation, seat.told, row.id, row.epoch, held.index, held.count, msgspec.Raw(row.header),
+            held.number, seat.delivery.generation, seat.told, row.id, row.epoch, held.index, held.count, msgspec.Raw(row.header),
             None if whole else [i - held.index for a, b in held.spans for i in range(a, b)], attempts,
         ))  # fmt: skip
         seat.unconfirmed = 0
@@ -437,17 +459,17 @@ class Router:
     def do_status(self, name: str, status: str) -> None:
         self.exchange.set_status(name, status)
 
-    def do_started(self, name: str, incarnation: int, board: str, live: bool) -> None:
+    def do_started(self, name: str, incarnation: int, replica: int, board: str, live: bool) -> None:
         """Seat an incarnation; a live one (this router is a successor) has yet to say what it holds."""
         box = self.exchange.boxes.get(name)
         if box is None or self.exchange.frames.get(incarnation, (0, 0))[0] == SETTLED:
             return
-        seat = Seat(incarnation, box, Board(board))
+        seat = Seat(incarnation, box, replica, Board(board))
         seat.told, _ = self.exchange.frames.get(incarnation, (0, 0))
         self.seats[incarnation] = seat
         if live:
             seat.met = False
-            box.delivery.number = max([box.delivery.number, *(number + count for number, count, _, _ in seat.board.ranges())])
+            seat.delivery.number = max((number + count for number, count, _, _ in seat.board.ranges()), default=0)
 
     def do_stop_worker(self, incarnation: int) -> None:
         seat = self.seats.get(incarnation)
@@ -474,9 +496,9 @@ class Router:
             return charge == "running" or number == blamed
 
         if seat.met:
-            self.exchange.died(seat.box, incarnation, board.states, charged, Cause(**cause))
+            self.exchange.died(seat, board.states, charged, Cause(**cause))
         else:
-            self.exchange.died_unseen(seat.box, incarnation, board, charged, Cause(**cause))
+            self.exchange.died_unseen(seat, board, charged, Cause(**cause))
         board.close()
 
     def do_settled(self, incarnation: int) -> None:
@@ -501,12 +523,14 @@ class Router:
             self._drop(stream)
 
     def do_statistics(self) -> dict[str, Any]:
-        running = {seat.box.name: running_of(seat) for seat in self.seats.values()}
+        running: Counter[str] = Counter()
+        for seat in self.seats.values():
+            running[seat.box.name] += running_of(seat)
         boxes = {
             name: {
                 **box.counters.public(),
                 "unfinished": box.unfinished,
-                "running": running.get(name, 0),
+                "running": running[name],
             }
             for name, box in self.exchange.boxes.items()
         }

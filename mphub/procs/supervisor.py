@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mphub import failpoints
-from mphub.core.restarts import RestartCounter
 from mphub.procs import boot, fork
 from mphub.procs.boot import Charter
 from mphub.procs.desk import Desk, Reply
 from mphub.procs.link import Link
 from mphub.procs.mailbox import LASTING
-from mphub.procs.wards import Child, Ward, make_child, orphans, tails
+from mphub.procs.wards import Child, Group, Ward, make_child, orphans, tails
 from mphub.procs.worker import run_worker
 from mphub.wire.frames import Answer, Call, Push, decoder
 from mphub.wire.specs import Spec
@@ -50,7 +49,7 @@ class Supervisor:
         self.selector = selectors.DefaultSelector()
         self.data = listen(self.address.data)
         self.desk = Desk(listen(self.address.control), self.address.token, self.selector, self._serve)
-        self.wards: dict[str, Ward] = {}
+        self.groups: dict[str, Group] = {}
         self.unsettled = {child.incarnation: child for child in orphans(self.folder)}
         """By incarnation: reaped, but the router has not said yet that its events are settled."""
         self.farewells: list[tuple[list[Ward], Reply]] = []
@@ -79,11 +78,12 @@ class Supervisor:
             early, self.early = self.early or [], None
             for encoded, status in found:
                 spec = _spec.decode(encoded)
-                ward = self.wards[spec.name] = Ward(spec, RestartCounter(spec.restart))
-                if status in LASTING:
-                    self._set_state(ward, status)
-                else:
-                    self._start(ward)
+                group = self.groups[spec.name] = Group(spec)
+                for ward in group.wards:
+                    if status in LASTING:
+                        self._set_state(ward, status)
+                    else:
+                        self._start(ward)
             for call, reply in early:
                 self._serve(call, reply)
 
@@ -104,7 +104,7 @@ class Supervisor:
     def _timeout(self) -> float:
         now = time.monotonic()
         waits = [self.next_tick - now, *self.link.waits(now)]
-        waits += [ward.start_at - now for ward in self.wards.values() if ward.start_at is not None]
+        waits += [ward.start_at - now for ward in self._wards() if ward.start_at is not None]
         waits += [child.kill_at[0][0] - now for child in self._children() if child.kill_at]
         return max(0.0, min(waits))
 
@@ -115,16 +115,16 @@ class Supervisor:
                 child.forgive(now - self.awake)
         self.awake = now
         self.link.tick(now)
-        for ward in list(self.wards.values()):
+        for ward in self._wards():
             if ward.start_at is not None and ward.start_at <= now:
                 self._start(ward)
         for child in self._children():
             while child.kill_at and child.kill_at[0][0] <= now:
                 self._signal(child, child.kill_at.pop(0)[1])
         if now >= self.next_tick:
-            limited = any(ward.spec.limits.timeout is not None for ward in self.wards.values())
+            limited = any(group.spec.limits.timeout is not None for group in self.groups.values())
             self.next_tick = now + (LIMIT_TICK if limited else TICK)
-            for ward in list(self.wards.values()):
+            for ward in self._wards():
                 self._look_at(ward, now)
             self._name_holders(now)
             self.link.end_frozen(now)
@@ -157,7 +157,7 @@ class Supervisor:
         frozen = child.frost.lasts(child.pid, now) and (child.frozen or ward.state == "RUNNING")
         if frozen != child.frozen:
             child.frozen = frozen
-            self._tell_status(ward, self.link)
+            self._tell_status(self.groups[ward.name], self.link)
 
     # -- the router
 
@@ -168,16 +168,16 @@ class Supervisor:
 
     def tell_of_the_living(self, link: Link) -> None:
         """Tell a new router who lives, and who does not."""
-        for ward in self.wards.values():
-            self._tell_status(ward, link)
-            if ward.child is not None:
-                self._tell_started(link, ward.child, live=True)
-                if ward.child.ending in ("stop", "restart"):
-                    link.tell("stop_worker", incarnation=ward.child.incarnation)
+        for group in self.groups.values():
+            self._tell_status(group, link)
+        for child in self._children():
+            self._tell_started(link, child, live=True)
+            if child.ending in ("stop", "restart"):
+                link.tell("stop_worker", incarnation=child.incarnation)
         link.tell("known", incarnations=[*self.unsettled, *(child.incarnation for child in self._children())])
 
     def _tell_started(self, link: Link, child: Child, *, live: bool) -> None:
-        link.tell("started", name=child.name, incarnation=child.incarnation, board=str(child.board.path), live=live)
+        link.tell("started", name=child.name, incarnation=child.incarnation, replica=child.replica, board=str(child.board.path), live=live)
 
     def heard(self, what: str, args: dict[str, Any]) -> None:
         """Take what the router pushes."""
@@ -189,7 +189,7 @@ class Supervisor:
             getattr(self, f"heard_{what}")(**args)
 
     def heard_ready(self, incarnation: int) -> None:
-        for ward in self.wards.values():
+        for ward in self._wards():
             if ward.child is not None and ward.child.incarnation == incarnation and not ward.child.ready:
                 ward.child.ready = True
                 ward.put_off = False
@@ -214,10 +214,10 @@ class Supervisor:
         for name, since in self.held.items():
             if now - since >= HELD_AFTER and name not in self.named:
                 self.named.add(name)
-                ward = self.wards.get(name)
-                keys = ", ".join(ward.spec.patterns) if ward else "all keys"
-                message = f"publishers of {keys} have waited {HELD_AFTER:.0f} s for {name}" + (": its inbox is full" if ward else "")
-                self.notice("held", name if ward else None, message)
+                group = self.groups.get(name)
+                keys = ", ".join(group.spec.patterns) if group else "all keys"
+                message = f"publishers of {keys} have waited {HELD_AFTER:.0f} s for {name}" + (": its inbox is full" if group else "")
+                self.notice("held", name if group else None, message)
 
     def fail(self, message: str) -> None:
         """End the hub: it cannot go on."""
@@ -232,7 +232,10 @@ class Supervisor:
     # -- subscribers
 
     def _children(self) -> list[Child]:
-        return [ward.child for ward in self.wards.values() if ward.child is not None]
+        return [ward.child for ward in self._wards() if ward.child is not None]
+
+    def _wards(self) -> list[Ward]:
+        return [ward for group in self.groups.values() for ward in group.wards]
 
     def _start(self, ward: Ward) -> None:
         """Start the next incarnation, or try again later if the machine lacks something."""
@@ -258,12 +261,12 @@ class Supervisor:
         incarnation, board = make_child(ward.name, self.folder)
         logs = self.folder / "logs" / f"{incarnation:x}"
         spec, address = ward.spec, self.address
-        child = Child(ward.name, incarnation, 0, -1, board, self.folder, tails(logs))
+        child = Child(ward.name, incarnation, 0, -1, board, self.folder, tails(logs), ward.replica)
         self._tell_started(self.link, child, live=False)  # before the fork: the router must know whom it meets
 
         def run() -> int:
             fork.take_surroundings(spec.surroundings)
-            return run_worker(address, spec, incarnation, board.path, child.crash_file)
+            return run_worker(address, spec, incarnation, child.replica, board.path, child.crash_file)
 
         failpoints.hit("supervisor.announced")
         try:
@@ -347,20 +350,19 @@ class Supervisor:
 
     def _set_state(self, ward: Ward, state: str, *, lasting: bool = True) -> None:
         """Tell hub and router; not the router if the hub ends: then what waits is dropped, not left waiting."""
-        ward.state, ward.told_router = state, lasting
-        self._tell_status(ward, self.link)
-        error, text = ward.error
-        if state != "FATAL":
-            error, text = b"", ""
-        self.desk.push("state", name=ward.name, state=state, error=error, traceback=text)
+        group, ward.told_router = self.groups[ward.name], lasting
+        group.note_state(ward, state)
+        self._tell_status(group, self.link)
+        error, text = group.error if group.state == "FATAL" else (b"", "")
+        self.desk.push("state", name=ward.name, state=group.state, error=error, traceback=text)
         if state == "FATAL":
-            deaths = f"died {ward.counter.in_a_row} times in a row with no event finished"
+            which = f"replica {ward.replica} " if group.spec.replicas > 1 else ""
+            deaths = f"{which}died {ward.counter.in_a_row} times in a row with no event finished"
             self.notice("FATAL", ward.name, f"{deaths}: not started again until restart()")
 
-    def _tell_status(self, ward: Ward, link: Link) -> None:
-        if ward.told_router:
-            frozen = ward.child is not None and ward.child.frozen
-            link.tell("status", name=ward.name, status="FROZEN" if frozen else ward.state)
+    def _tell_status(self, group: Group, link: Link) -> None:
+        if all(ward.told_router for ward in group.wards):
+            link.tell("status", name=group.spec.name, status="FROZEN" if group.frozen else group.state)
 
     def _end(self, child: Child, why: str, ladder: list[tuple[float, int]]) -> None:
         """Begin to end a process: (seconds from now, signal) after another."""
@@ -429,41 +431,39 @@ class Supervisor:
         def committed(_: object) -> None:
             failpoints.hit("supervisor.subscribed")
             answer()
-            if found.name not in self.wards:  # else the call is repeated: its answer was lost with a supervisor
-                ward = self.wards[found.name] = Ward(found, RestartCounter(found.restart))
-                self._start(ward)
+            if found.name not in self.groups:  # else the call is repeated: its answer was lost with a supervisor
+                group = self.groups[found.name] = Group(found)
+                for ward in group.wards:
+                    self._start(ward)
 
         self.link.ask("subscribe", committed, spec=spec)
 
     def do_unsubscribe(self, answer: Reply, name: str) -> None:
-        """End a subscriber's process and drop what still waits for it."""
-        ward = self.wards.get(name)
-        if ward is None:  # repeated
+        """End a subscriber's processes and drop what still waits for it."""
+        group = self.groups.get(name)
+        if group is None:  # repeated
             answer()
             return
-        ward.leaving = True
-        ward.start_at = None
+        for ward in group.wards:
+            ward.leaving = True
 
         def when_dead() -> None:
             failpoints.hit("supervisor.unsubscribing")
-            del self.wards[name]
+            del self.groups[name]
             self.link.ask("forget", answer, name=name, reason="unsubscribed")
 
-        self._once_dead([ward], when_dead)
+        self._once_dead(group.wards, when_dead)
 
     def do_restart(self, answer: Reply, name: str) -> None:
-        """Start a subscriber's process anew; charged to nobody."""
-        ward = self.wards.get(name)
-        if ward is None:  # unsubscribed meanwhile
-            answer()
-            return
-        ward.counter.reset()
-        if ward.child is not None:
-            if ward.child.ending is None:
+        """Start a subscriber's processes anew; charged to nobody."""
+        group = self.groups.get(name)  # None: unsubscribed meanwhile
+        for ward in group.wards if group is not None else []:
+            ward.counter.reset()
+            if ward.child is None:
+                ward.start_at = time.monotonic()
+                self._set_state(ward, "BACKOFF")
+            elif ward.child.ending is None:
                 self._ask_to_stop(ward.child, "restart")
-        else:
-            ward.start_at = time.monotonic()
-            self._set_state(ward, "BACKOFF")
         answer()
 
     def do_drain(self, answer: Reply) -> None:
@@ -477,15 +477,15 @@ class Supervisor:
         self.link.ask("drain", drained)
 
     def do_states(self, answer: Reply) -> None:
-        answer({name: {"state": w.state, "error": w.error[0], "traceback": w.error[1]} for name, w in self.wards.items()})
+        answer({name: {"state": g.state, "error": g.error[0], "traceback": g.error[1]} for name, g in self.groups.items()})
 
     def do_statistics(self, answer: Reply) -> None:
         """Merge the router's counters with states, pids, cpu and rss."""
 
         def merge(result: dict[str, Any]) -> None:
             for name, counters in result["subscribers"].items():
-                ward = self.wards.get(name)
-                counters.update(ward.public() if ward else {"state": "STOPPED", "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0})
+                group = self.groups.get(name)
+                counters.update(group.public() if group else {"state": "STOPPED", "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0})
             result["pids"] = {"supervisor": os.getpid(), "router": self.link.pid}
             answer(result)
 
@@ -493,7 +493,7 @@ class Supervisor:
 
     def do_stop_subscribers(self, answer: Reply) -> None:
         """End all subscribers by the ladder, and when they are settled drop what waits; answer how much that was."""
-        self._once_dead(list(self.wards.values()), lambda: self.link.ask("give_up", answer, reason="stopped"))
+        self._once_dead(self._wards(), lambda: self.link.ask("give_up", answer, reason="stopped"))
 
     def do_close(self, answer: Reply) -> None:
         """End the hub."""

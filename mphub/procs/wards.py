@@ -26,6 +26,8 @@ LINE_BYTES = 64 << 10
 """A longer line is broken."""
 RECENT = 50
 """Lines of stderr that a dead letter has."""
+BEST_FIRST = ("STOPPING", "RUNNING", "STARTING", "BACKOFF", "FATAL", "STOPPED")
+WORST_FIRST = ("STOPPING", "FATAL", "BACKOFF", "STARTING", "STOPPED", "RUNNING")
 
 
 class Tail:
@@ -86,6 +88,7 @@ class Child:
     board: Board
     folder: Path
     outputs: dict[str, Tail]
+    replica: int = 0
     started: float = field(default_factory=time.monotonic)
     ready: bool = False
     ending: str | None = None
@@ -107,7 +110,7 @@ class Child:
 
     @property
     def record(self) -> Path:
-        return self.folder / "children" / f"{self.incarnation:x}.{self.name}"
+        return self.folder / "children" / f"{self.incarnation:x}.{self.replica}.{self.name}"
 
     def sample(self, now: float) -> tuple[int, float] | None:
         """Note what runs; return (slot, seconds since it was first seen)."""
@@ -160,9 +163,10 @@ class Child:
 
 @dataclass(eq=False)
 class Ward:
-    """A subscription under supervision."""
+    """One replica of a subscriber under supervision."""
 
     spec: Spec
+    replica: int
     counter: RestartCounter
     state: str = "STARTING"
     told_router: bool = True
@@ -182,20 +186,63 @@ class Ward:
     def name(self) -> str:
         return self.spec.name
 
+    @classmethod
+    def make(cls, spec: Spec, replica: int) -> Ward:
+        return cls(spec, replica, RestartCounter(spec.restart))
+
+
+class Group:
+    """A subscriber under supervision: its replicas, which live and die one by one."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.wards = [Ward.make(spec, replica) for replica in range(spec.replicas)]
+        self._complete = False
+        """All have been RUNNING together."""
+
+    def note_state(self, ward: Ward, state: str) -> None:
+        ward.state = state
+        self._complete |= all(each.state == "RUNNING" for each in self.wards)
+
+    @property
+    def children(self) -> list[Child]:
+        return [ward.child for ward in self.wards if ward.child is not None]
+
+    @property
+    def state(self) -> str:
+        """That of the replica that is worst off until all have been RUNNING, then that of the one that is best off."""
+        states = {ward.state for ward in self.wards}
+        return next(state for state in (BEST_FIRST if self._complete else WORST_FIRST) if state in states)
+
+    @property
+    def frozen(self) -> bool:
+        """Say whether all processes that it has are."""
+        return bool(self.children) and all(child.frozen for child in self.children)
+
+    @property
+    def error(self) -> tuple[bytes, str]:
+        """Return what the last failed start of a FATAL replica left."""
+        return next((ward.error for ward in self.wards if ward.state == "FATAL"), (b"", ""))
+
     def public(self) -> dict[str, Any]:
         """Return what the hub's statistics add to the router's counters."""
-        cpu, rss = self.child.measure() if self.child else (0.0, 0)
-        pids = [self.child.pid] if self.child else []
-        return {"state": self.state, "pids": pids, "restarts": self.restarts, "cpu": cpu, "rss": rss}
+        measured = [child.measure() for child in self.children]
+        return {
+            "state": self.state,
+            "pids": [child.pid for child in self.children],
+            "restarts": sum(ward.restarts for ward in self.wards),
+            "cpu": sum(cpu for cpu, _ in measured),
+            "rss": sum(rss for _, rss in measured),
+        }
 
 
 def orphans(folder: Path) -> Iterator[Child]:
     """Yield what a dead supervisor's children have left: their boards say what became of their events."""
-    for record in (folder / "children").glob("*.*"):
-        number, _, name = record.name.partition(".")
+    for record in (folder / "children").glob("*.*.*"):
+        number, replica, name = record.name.split(".")
         board, logs = folder / "boards" / number, folder / "logs" / number
         if board.exists():
-            yield Child(name, int(number, 16), 0, -1, Board(board), folder, tails(logs))
+            yield Child(name, int(number, 16), 0, -1, Board(board), folder, tails(logs), int(replica))
 
 
 def tails(logs: Path) -> dict[str, Tail]:

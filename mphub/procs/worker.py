@@ -56,9 +56,9 @@ class Stopped(BaseException):
 class Worker:
     """One incarnation of a subscriber."""
 
-    def __init__(self, address: Address, spec: Spec, incarnation: int, board: Path) -> None:
+    def __init__(self, address: Address, spec: Spec, incarnation: int, replica: int, board: Path) -> None:
         self.folder = address.folder
-        self.address, self.spec, self.name, self.incarnation = address, spec, spec.name, incarnation
+        self.address, self.spec, self.name, self.incarnation, self.replica = address, spec, spec.name, incarnation, replica
         self.thread = threading.get_ident()
         self.board = Board(board)
         self.blobs = Blobs(f"{address.folder}/blobs", incarnation, patient=True)
@@ -105,7 +105,7 @@ class Worker:
     def _set_up(self, welcome: Welcome) -> None:
         data = self.blobs.read(self.spec.handler_blob) if self.spec.handler_blob else self.spec.handler
         self.work = handlers.loads(data)
-        self.runner = handlers.load(self.work, self.name)
+        self.runner = handlers.load(self.work, self.name, self.replica)
         self.runner.call = failpoints.between("worker.running", self.runner.call, "worker.returned")
         subscriber = self.runner.subscriber
         if subscriber is not None:
@@ -441,7 +441,8 @@ class Worker:
         if self.batch is None:
             self.batch = self.deliver.batch.read()
         payload = self.loads(data)
-        return event_of(self.batch, self.deliver.index + offset, payload, self._attempt(self.deliver.number + offset))
+        attempt = self._attempt(self.deliver.number + offset)
+        return event_of(self.batch, self.deliver.index + offset, payload, attempt, self.replica)
 
 
 def slots_of(number: int, offsets: Sequence[int]) -> Sequence[int]:
@@ -462,13 +463,13 @@ def _end_as_usual() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def run_worker(address: Address, spec: Spec, incarnation: int, board: Path, crash: Path) -> int:
+def run_worker(address: Address, spec: Spec, incarnation: int, replica: int, board: Path, crash: Path) -> int:
     """Be a subscriber's process; return its exit code. What ``setup`` raised is left in the crash file."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("mphub.subscriber").setLevel(logging.INFO)
     with open(crash, "wb", buffering=0) as file:
         faulthandler.enable(file)
-        worker = Worker(address, spec, incarnation, board)
+        worker = Worker(address, spec, incarnation, replica, board)
         try:
             worker.run()
         except SystemExit as error:

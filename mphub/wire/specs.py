@@ -30,3 +30,4 @@ class Spec(msgspec.Struct, frozen=True):
     handler_blob: str | None = None
     snapshot: Snapshot | None = None
     answers: bool = True
+    replicas: int = 1

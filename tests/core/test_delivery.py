@@ -12,25 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mphub.core.credit import Credit
-from mphub.core.delivery import (
-    DONE,
-    FAILED,
-    HANDLED,
-    RUNNING,
-    WAITING,
-    Delivery,
-    Portion,
-    Range,
-    Spans,
-    Verdict,
-    contains,
-    first_of,
-    indexes,
-    length,
-    parts_within,
-    spans_of,
-    subtract,
-)
+from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING, WAITING, Delivery, Range, Verdict, parts_within
+from mphub.core.spans import Spans, contains, first_of, indexes, length, spans_of, subtract
+from mphub.core.window import Portion, Window
 
 SETS = st.sets(st.integers(0, 40))
 MAX_ATTEMPTS = 3
@@ -117,7 +101,7 @@ class Subscriber(RuleBasedStateMachine):
 
     def new_delivery(self) -> Delivery:
         credit = Credit(self.credit, least=self.credit)
-        return Delivery(MAX_ATTEMPTS, credit, SLOTS)
+        return Delivery(Window(), MAX_ATTEMPTS, credit, SLOTS)
 
     # -- the router's side
 
@@ -128,7 +112,7 @@ class Subscriber(RuleBasedStateMachine):
         if todo:
             portion = Portion(row, todo, 10)
             self.portions.append(portion)
-            self.delivery.add(portion)
+            self.delivery.window.add(portion)
 
     @rule()
     def hand_out(self) -> None:
@@ -146,9 +130,9 @@ class Subscriber(RuleBasedStateMachine):
     @rule(count=st.integers(1, 5))
     def overflow(self, count: int) -> None:
         """Drop what has waited longest."""
-        waiting = [(p.portion.row.id, i) for p in self.delivery.waiting for i in indexes(p.spans)]
+        waiting = [(p.portion.row.id, i) for p in self.delivery.window.waiting for i in indexes(p.spans)]
         gone = []
-        for portion, spans in self.delivery.take_oldest(count):
+        for portion, spans in self.delivery.window.take_oldest(count):
             for index in indexes(spans):
                 gone.append((portion.row.id, index))
                 self.bury(portion, index)
@@ -182,7 +166,7 @@ class Subscriber(RuleBasedStateMachine):
             if not report.returned or attempt >= MAX_ATTEMPTS:
                 self.bury(portion, index)
             else:
-                delivery.again(portion, index, attempt + 1)
+                delivery.window.again(portion, index, attempt + 1)
 
     @rule()
     def confirm(self) -> None:
@@ -292,7 +276,7 @@ class Subscriber(RuleBasedStateMachine):
         self.delivery = self.new_delivery()
         for portion in self.portions:
             if portion.todo:
-                self.delivery.add(portion)
+                self.delivery.window.add(portion)
         self.delivery.number = max([0, *(number + count for number, count, _, _ in self.process.ranges)])
 
     @rule(lost=st.integers(0, 3))
@@ -322,10 +306,10 @@ class Subscriber(RuleBasedStateMachine):
         process.confirmed(self.committed[0])
         process.outbox = list(process.unconfirmed)
 
-    @precondition(lambda self: self.delivery.waiting)
+    @precondition(lambda self: self.delivery.window.waiting)
     @rule()
     def prune(self) -> None:
-        self.delivery.prune()
+        self.delivery.window.prune()
 
     # -- what always holds
 
@@ -333,7 +317,7 @@ class Subscriber(RuleBasedStateMachine):
     def each_event_is_in_one_place(self) -> None:
         if not hasattr(self, "delivery"):
             return
-        waiting = [(p.portion.row.id, i) for p in self.delivery.waiting for i in indexes(p.spans)]
+        waiting = [(p.portion.row.id, i) for p in self.delivery.window.waiting for i in indexes(p.spans)]
         held = [(h.portion.row.id, i) for h in self.delivery.held for i in indexes(h.spans)]
         todo = [(p.row.id, i) for p in self.portions for i in indexes(p.todo)]
         assert sorted(waiting + held) == todo
@@ -344,8 +328,8 @@ class Subscriber(RuleBasedStateMachine):
     def the_books_are_right(self) -> None:
         if not hasattr(self, "delivery"):
             return
-        waiting = sum(length(piece.spans) for piece in self.delivery.waiting)
-        assert (self.delivery.loaded, self.delivery.loaded_bytes) == (waiting, 10 * waiting)
+        waiting = sum(length(piece.spans) for piece in self.delivery.window.waiting)
+        assert (self.delivery.window.loaded, self.delivery.window.loaded_bytes) == (waiting, 10 * waiting)
         assert self.delivery.holding == sum(length(held.spans) for held in self.delivery.held)
         if self.delivery.held:
             assert self.delivery.number - self.delivery.held[0].number <= SLOTS
@@ -366,7 +350,7 @@ class Subscriber(RuleBasedStateMachine):
             self.handle(set())
             self.commit()
         assert not any(portion.todo for portion in self.portions), "stuck"
-        assert not self.delivery.held and not self.delivery.waiting
+        assert not self.delivery.held and not self.delivery.window.waiting
         self.each_event_is_in_one_place()
         self.first_starts_are_in_order()
 
@@ -382,9 +366,9 @@ def test_the_first_of_spans(some: set[int], count: int) -> None:
 
 def test_more_is_handed_out_once_half_of_the_credit_is_free_not_an_event_at_a_time() -> None:
     """Events of two keys in turn: every second one is for this subscriber."""
-    delivery = Delivery(MAX_ATTEMPTS, Credit(10, least=10), 100)
+    delivery = Delivery(Window(), MAX_ATTEMPTS, Credit(10, least=10), 100)
     row = SimpleNamespace(id=1, count=80)
-    delivery.add(Portion(row, [(i, i + 1) for i in range(0, 80, 2)], 100))  # type: ignore[arg-type]
+    delivery.window.add(Portion(row, [(i, i + 1) for i in range(0, 80, 2)], 100))  # type: ignore[arg-type]
     handed: list[int] = []
     done = 0
     while done < 40:
@@ -396,3 +380,41 @@ def test_more_is_handed_out_once_half_of_the_credit_is_free_not_an_event_at_a_ti
         done += 1
         assert delivery.holding == sum(length(held.spans) for held in delivery.held)
     assert handed == [10, 5, 5, 5, 5, 5, 5]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["take", "finish", "fail", "die"]), st.integers(0, 2), st.integers(1, 9)), max_size=80))
+def test_processes_that_share_a_window_never_hold_the_same_event(steps: list[tuple[str, int, int]]) -> None:
+    window = Window()
+    hands = [Delivery(window, 5, Credit(4, least=4), SLOTS) for _ in range(3)]
+    row = SimpleNamespace(id=1)
+    portion = Portion(row, [(0, 40)], 1)  # type: ignore[arg-type]
+    window.add(portion)
+    finished: list[int] = []
+
+    def ended(portion: Portion, spans: Spans) -> None:
+        finished.extend(indexes(spans))
+        portion.finish(spans)
+
+    for what, which, count in steps:
+        hand = hands[which]
+        if what == "take":
+            hand.take(count)
+        elif hand.held and what == "finish":
+            for portion, spans in hand.report(min(hand.number, hand.held[0].number + count), {}, returned=False):
+                ended(portion, spans)
+        elif hand.held and what == "fail":
+            number = hand.held[0].number + hand.held[0].spans[0][0] - hand.held[0].index
+            found = hand.find(number)
+            assert found is not None
+            for portion, spans in hand.report(number + 1, {number: found}, returned=False):
+                ended(portion, spans)
+            window.again(*found, portion.attempts.get(found[1], 1) + 1)
+        elif hand.held:
+            first = hand.held[0].number
+            verdict = hand.died(lambda number, n, first=first: bytes(RUNNING if number + i == first else WAITING for i in range(n)), bool)  # type: ignore[misc]
+            for portion, index, _ in verdict.dead:
+                ended(portion, [(index, index + 1)])
+            assert all(other.holding == sum(length(held.spans) for held in other.held) for other in hands)
+        held = [i for other in hands for one in other.held for i in indexes(one.spans)]
+        waiting = [i for piece in window.waiting for i in indexes(piece.spans)]
+        assert sorted(finished + held + waiting) == list(range(40))

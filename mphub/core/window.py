@@ -1,0 +1,105 @@
+"""What waits for one subscriber and is in memory: a window of its inbox. Pure: values in, values out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from mphub.core.rows import Row
+from mphub.core.spans import Spans, contains, first_of, length, subtract
+
+
+@dataclass(slots=True, eq=False)
+class Portion:
+    """The events of one row that are for one subscriber."""
+
+    row: Row
+    todo: Spans
+    size: int
+    """Bytes per event, on average."""
+    attempts: dict[int, int] = field(default_factory=dict)
+    """index -> number of its next run, of those that run alone: it is not their first, or they are suspected."""
+
+    @property
+    def count(self) -> int:
+        return length(self.todo)
+
+    def finish(self, spans: Spans) -> None:
+        """Take events off the list."""
+        self.todo = [] if spans == self.todo else subtract(self.todo, spans)
+        if self.attempts:
+            self.attempts = {i: n for i, n in self.attempts.items() if contains(self.todo, i)}
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """Events of a portion that wait together."""
+
+    portion: Portion
+    spans: Spans
+
+
+class Window:
+    """The events that wait, in the order in which they start."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Piece] = deque()
+        self.loaded = 0
+        self.loaded_bytes = 0
+
+    def add(self, portion: Portion) -> None:
+        """Append the events of a portion."""
+        self.put(Piece(portion, portion.todo), self.waiting.append)
+
+    def add_first(self, portion: Portion) -> None:
+        """Put the events of a portion before all others: their turn has passed already."""
+        self.put(Piece(portion, portion.todo), self.waiting.appendleft)
+
+    def put(self, piece: Piece, put: Callable[[Piece], None]) -> None:
+        put(piece)
+        count = length(piece.spans)
+        self.loaded += count
+        self.loaded_bytes += count * piece.portion.size
+
+    def drop_waiting(self) -> list[Piece]:
+        """Empty the inbox; what the process holds stays."""
+        pieces = list(self.waiting)
+        self.waiting.clear()
+        self.loaded = self.loaded_bytes = 0
+        return pieces
+
+    def take_oldest(self, count: int) -> Iterator[tuple[Portion, Spans]]:
+        """Take up to ``count`` events off the front of the inbox."""
+        while count and self.waiting:
+            piece = self.waiting[0]
+            taken = first_of(piece.spans, count)
+            piece.spans = subtract(piece.spans, taken)
+            if not piece.spans:
+                self.waiting.popleft()
+            gone = length(taken)
+            count -= gone
+            self.loaded -= gone
+            self.loaded_bytes -= gone * piece.portion.size
+            yield piece.portion, taken
+
+    def prune(self) -> None:
+        """Let waiting events go that have ended meanwhile."""
+        for piece in self.drop_waiting():
+            spans = subtract(piece.spans, subtract(piece.spans, piece.portion.todo))
+            if spans:
+                self.put(Piece(piece.portion, spans), self.waiting.append)
+
+    def again(self, portion: Portion, index: int, attempt: int) -> None:
+        """Put one event to the front, to be run alone."""
+        portion.attempts[index] = attempt
+        self.put(Piece(portion, [(index, index + 1)]), self.waiting.appendleft)
+
+    def taken(self, piece: Piece, spans: Spans) -> None:
+        """Take events off the first piece."""
+        piece.spans = subtract(piece.spans, spans)
+        if not piece.spans:
+            self.waiting.popleft()
+        count = length(spans)
+        self.loaded -= count
+        self.loaded_bytes -= count * piece.portion.size

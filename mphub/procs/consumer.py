@@ -1,0 +1,22 @@
+"""One process of a subscriber, as the exchange knows it."""
+
+from __future__ import annotations
+
+from mphub.core.credit import Credit
+from mphub.core.delivery import Delivery
+from mphub.procs.mailbox import Mailbox
+from mphub.store.board import SLOTS
+
+
+class Consumer:
+    """An incarnation and what it holds of its subscriber's inbox."""
+
+    def __init__(self, incarnation: int, box: Mailbox, replica: int = 0) -> None:
+        self.incarnation, self.box, self.replica = incarnation, box, replica
+        every = box.spec.snapshot.every if box.spec.snapshot else 1
+        self.delivery = Delivery(box.window, box.spec.max_attempts, Credit(cap=SLOTS // 2, least=every), SLOTS)
+
+    @property
+    def snapshot_key(self) -> str:
+        """Name its snapshots: each replica has a state of its own (no name has a ``#``)."""
+        return f"{self.box.name}#{self.replica}" if self.replica else self.box.name
