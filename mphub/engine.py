@@ -25,6 +25,7 @@ from mphub.procs.inline import Inline
 from mphub.reply import Reply
 from mphub.store.blobs import Blobs
 from mphub.store.journal import Dead
+from mphub.subscribing import share_cores
 from mphub.wire import codec
 from mphub.wire.frames import Extra, decoder, extra_of, split
 from mphub.wire.specs import Spec
@@ -74,12 +75,15 @@ class ProcessEngine:
         self.connection = connection_to(address)
         self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = self.connection.publish_plain
         self.blobs = Blobs(f"{address.folder}/blobs", int.from_bytes(address.token[:8], "big"))
+        self._replicas: dict[str, int] = {}
+        """How many processes each subscriber has."""
 
     def subscribe(self, specs: Sequence[Spec]) -> None:
         self.connection.flush()  # what was published before is not for them
         for spec in specs:
             self.client.states.pop(spec.name, None)  # of one that had this name before
-        packed = [self._packed(spec) for spec in specs]
+        self._replicas |= {spec.name: spec.replicas for spec in specs}
+        packed = [self._packed(share_cores(spec, sum(self._replicas.values()))) for spec in specs]
         # all before the first answer, on which a process starts: what its setup publishes is for the others too
         for answer in [self.client.ask("subscribe", spec=spec) for spec in packed]:
             self.client.wait(answer)
@@ -94,6 +98,7 @@ class ProcessEngine:
         while drain and self.state_of(name)[0] not in ("FATAL", "STOPPED") and self._left(name):
             time.sleep(0.01)
         self.client.call("unsubscribe", name=name)
+        self._replicas.pop(name, None)
 
     def _left(self, name: str) -> int:
         found = self.statistics().subscribers[name]

@@ -57,6 +57,7 @@ from mphub.reply import Reply, Results
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing, publish_inside
 from mphub.subscribing import SubscribeOptions, check_types, make_spec
 from mphub.subscription import Subscription
+from mphub.wire import codec as wire_codec
 from mphub.wire.codec import shortened
 from mphub.wire.frames import is_text
 
@@ -93,7 +94,8 @@ class EventHub:
     path: a folder for a durable journal (not available yet). name: shown in messages. engine: ``process`` or ``inline``.
     max_bytes: bound of journal and blobs together, a size or a percentage of the memory that holds them. unmatched: ``warn`` or
     ``ignore`` for events that nobody subscribes to. check: leaving ``with`` raises DeadLettersLeft. propagate: inline publishes raise the
-    handler's exception (default there).
+    handler's exception (default there). initializer: called without arguments in each subscriber's process before its handler is loaded;
+    with the inline engine at each start.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class EventHub:
         propagate: bool | None = None,
         stop: Stop = Stop(ask=5.0, term=2.0),  # noqa: B008 (frozen)
         codec: str = "pickle",
-        initializer: None = None,
+        initializer: Callable[[], object] | None = None,
         durability: str = "process",
         retention: None = None,
         notify: Sequence[str] = (),
@@ -117,12 +119,13 @@ class EventHub:
         refuse_unavailable(
             path=(path, None),
             codec=(codec, "pickle"),
-            initializer=(initializer, None),
             durability=(durability, "process"),
         )
         refuse_unavailable(retention=(retention, None), notify=(notify or (), ()), dashboard=(dashboard, None))
         check_types(stop=(stop, Stop), check=(check, bool), propagate=(propagate, bool | None))
         check_choice("EventHub", "engine", engine, ("process", "inline"))
+        if initializer is not None and not callable(initializer):
+            raise InvalidOption(f"EventHub(initializer): got {initializer!r:.60}; expected a function without arguments")
         check_choice("EventHub", "unmatched", unmatched, ("warn", "ignore"))
         if propagate and engine != "inline":
             raise InvalidOption(
@@ -132,6 +135,8 @@ class EventHub:
             raise InvalidOption(f"EventHub(name): got {name!r:.80}; expected a str that utf-8 can encode")
         parent, self._is_small = boot.runtime_parent()
         self.name = name if name is not None else default_name()
+        self._initializer = initializer
+        self._packed_initializer = wire_codec.encode(initializer, "initializer") if initializer is not None and engine == "process" else b""
         self._kind, self._check, self._stop, self._unmatched = engine, check, stop, unmatched
         self._capacity = boot.capacity(parent)
         self._max_bytes = parse_share(max_bytes, self._capacity)
@@ -184,6 +189,8 @@ class EventHub:
             self._here = self._engine.publish_plain
             atexit.register(self._stop_at_exit)
             with self._or_stop():
+                if self._initializer is not None and self._kind == "inline":
+                    self._initializer()
                 self._engine.subscribe([subscription._spec for subscription in self._subscriptions.values()])
             self._up.set()
         if wait:
@@ -386,15 +393,19 @@ class EventHub:
         """
         refuse_unavailable(ordered=(ordered, False), concurrency=(concurrency, 1), process=(process, None))
         refuse_unavailable(batch=(batch, None), where=(where, None), rate=(rate, None), recycle=(recycle, None))
-        refuse_unavailable(env=(env or None, None), replace=(replace, False), start=(start, "new"))
+        refuse_unavailable(replace=(replace, False), start=(start, "new"))
         check_types(inbox=(inbox, Inbox), limits=(limits, Limits))
         if self._kind == "inline" and limits.timeout is not None:
             raise InvalidOption("limits(timeout): the inline engine runs handlers in your thread and cannot end one; use engine='process'")
+        if self._kind == "inline" and env:
+            raise InvalidOption("env: the inline engine runs handlers in this process: set os.environ, or use engine='process'")
         self._must_own_unless_importing("subscribe")
         inbox = msgspec.structs.replace(inbox, max_bytes=parse_share(inbox.max_bytes, self._capacity, "Inbox(max_bytes)"))
         with self._lock:
             free = self._subscriptions.free_name(handler, name)
-            spec = make_spec(keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas)
+            spec = make_spec(
+                keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer
+            )  # fmt: skip
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             self._subscriptions[spec.name] = subscription
             if self._engine is not None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Any, TypedDict
 
+import msgspec
+
 from mphub.core.keys import check_key, check_name, check_pattern
 from mphub.errors import InvalidKey, InvalidOption
 from mphub.events import Topic, str_of
@@ -15,11 +17,17 @@ from mphub.options import Inbox, Limits, Restart, Retry, Snapshot
 from mphub.procs import boot, handlers
 from mphub.subscriber import Subscriber
 from mphub.wire import codec
+from mphub.wire.frames import is_text
 from mphub.wire.specs import Spec, Surroundings
 
 
 MAX_REPLICAS = 1000
 """Each is a process of 5 MB at least."""
+THREAD_VARIABLES = (
+    b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREADS", b"BLIS_NUM_THREADS", b"VECLIB_MAXIMUM_THREADS",
+    b"NUMEXPR_NUM_THREADS", b"NUMBA_NUM_THREADS", b"POLARS_MAX_THREADS",
+)  # fmt: skip
+"""What numeric libraries read when they are imported."""
 
 
 class SubscribeOptions(TypedDict, total=False):
@@ -51,6 +59,7 @@ Handler = Callable[..., object] | type[Subscriber[Any, Any]] | Subscriber[Any, A
 def make_spec(
     keys: str | Topic[Any] | Sequence[str | Topic[Any]], handler: Handler, name: str, to: str | Topic[Any] | None,
     retry: Retry, restart: Restart, inbox: Inbox, limits: Limits, snapshot: Snapshot | None, replicas: int | str,
+    env: Mapping[str, str] | None, initializer: bytes,
 ) -> Spec:  # fmt: skip
     """Check a subscription and pickle its handler.
 
@@ -63,7 +72,7 @@ def make_spec(
     cls = handlers.subscriber_class(handler)
     return Spec(
         name=check_name(name), patterns=patterns_of(keys), handler=codec.encode(work, f"the handler of {name!r}"),
-        surroundings=surroundings(),
+        surroundings=surroundings(env or {}), initializer=initializer,
         inbox=inbox, limits=limits, restart=restart, max_attempts=retry.max_attempts,
         snapshot=snapshot_rule(cls, snapshot), answers=True if cls is None else cls.answers,
         replicas=replicas_of(replicas),
@@ -107,10 +116,32 @@ def snapshot_rule(cls: type[Subscriber[Any, Any]] | None, rule: Snapshot | None)
     return rule
 
 
-def surroundings() -> Surroundings:
-    """Note what this process looks like now: every incarnation begins with it."""
+def surroundings(env: Mapping[str, str]) -> Surroundings:
+    """Note what this process looks like now, and what is to differ: every incarnation begins with it.
+
+    Raises InvalidOption.
+    """
+    if not isinstance(env, Mapping) or not all(is_variable(name, value) for name, value in env.items()):
+        raise InvalidOption(f"env: got {env!r:.80}; expected a mapping of str to str, as for os.environ")
     path = [os.getcwdb() if entry == "" else os.fsencode(entry) for entry in sys.path]
-    return Surroundings(os.getcwdb(), path, dict(os.environb))
+    changed = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
+    return Surroundings(os.getcwdb(), path, dict(os.environb) | changed)
+
+
+def is_variable(name: object, value: object) -> bool:
+    return is_text(name) and is_text(value) and name != "" and "=" not in str(name) and "\0" not in f"{name}{value}"
+
+
+def share_cores(spec: Spec, processes: int) -> Spec:
+    """Let numeric libraries use no more threads than a process's share of the cores, unless the user has said how many.
+
+    Else eight replicas with eight BLAS threads each crowd eight cores eightfold (joblib and loky do the same).
+    """
+    if processes == 1:
+        return spec
+    share = str(max(1, boot.cpu_limit() // processes)).encode()
+    environment = dict.fromkeys(THREAD_VARIABLES, share) | spec.surroundings.environment
+    return msgspec.structs.replace(spec, surroundings=msgspec.structs.replace(spec.surroundings, environment=environment))
 
 
 def check_types(**options: tuple[object, type | UnionType]) -> None:

@@ -103,6 +103,8 @@ class Worker:
         self._tear_down()
 
     def _set_up(self, welcome: Welcome) -> None:
+        if self.spec.initializer:
+            codec.loads(self.spec.initializer)()
         data = self.blobs.read(self.spec.handler_blob) if self.spec.handler_blob else self.spec.handler
         self.work = handlers.loads(data)
         self.runner = handlers.load(self.work, self.name, self.replica)

@@ -31,3 +31,5 @@ class Spec(msgspec.Struct, frozen=True):
     snapshot: Snapshot | None = None
     answers: bool = True
     replicas: int = 1
+    initializer: bytes = b""
+    """Pickled; called in each process before the handler is loaded."""
