@@ -38,7 +38,6 @@ from mphub.wire.frames import (
     RepliesTaken,
     decoder,
     encode,
-    extra_of,
     join,
 )
 from mphub.wire.open_batch import PLAIN, RUN_BYTES, Mode, OpenBatch, is_atomic
@@ -125,21 +124,12 @@ class Connection:
 
     # -- publishing
 
-    def publish(
-        self,
-        key: str,
-        payload: object,
-        *,
-        ordering_key: str | None = None,
-        headers: dict[str, str] | None = None,
-        confirm: bool = False,
-        epoch: int = 0,
-    ) -> EventId:
+    def publish(self, key: str, payload: object, extra: Extra | None = None, *, confirm: bool = False, epoch: int = 0) -> EventId:
         """Pickle and send one event; return its id.
 
         Raises PayloadError, HubClosed, and with ``confirm`` what the router refused it for.
         """
-        data, extra = codec.encode_apart(payload), extra_of(ordering_key, headers)
+        data = codec.encode_apart(payload)
         with self._enter():
             number = self._add(key, data, extra, (None, False, epoch) if epoch else PLAIN, strict=confirm)
             if confirm:
@@ -182,7 +172,7 @@ class Connection:
         with self._enter():
             return EventId(self._base + self._add(check_key(str_of(key)), data, None, PLAIN))
 
-    def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
+    def request(self, key: str, payload: object, target: str | None, extra: Extra | None = None) -> Reply[object]:
         """Send one event whose handler's result comes back.
 
         Raises InvalidOption, PayloadError, HubClosed.
@@ -192,7 +182,7 @@ class Connection:
         data = codec.encode_apart(payload)
         reply: Reply[object] = Reply()
         with self._enter():
-            number = self._add(key, data, None, (target, True, 0), reply)
+            number = self._add(key, data, extra, (target, True, 0), reply)
         reply.id, reply._reader = EventId(self._base + number), self._reader
         return reply
 

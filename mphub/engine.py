@@ -27,7 +27,7 @@ from mphub.store.blobs import Blobs
 from mphub.store.journal import Dead
 from mphub.subscribing import share_cores
 from mphub.wire import codec
-from mphub.wire.frames import Extra, decoder, extra_of, split
+from mphub.wire.frames import Extra, decoder, split
 from mphub.wire.specs import Spec
 
 KEPT_PAYLOADS = 16 << 20
@@ -51,9 +51,9 @@ class Engine(Protocol):
     def state_of(self, name: str) -> tuple[str, bytes, str]: ...
     def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]: ...
     def error_of(self, error: bytes, trace: str) -> BaseException | None: ...
-    def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId: ...
+    def publish(self, key: str, payload: object, extra: Extra | None, confirm: bool) -> EventId: ...
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None: ...
-    def request(self, key: str, payload: object, target: str) -> Reply[Any]: ...
+    def request(self, key: str, payload: object, target: str, extra: Extra | None) -> Reply[Any]: ...
     def drain(self, timeout: float | None, progress: Watcher) -> None: ...
     def statistics(self) -> HubStatistics: ...
     def dead_letters(self, name: str | None) -> list[DeadLetter]: ...
@@ -116,14 +116,14 @@ class ProcessEngine:
     def error_of(self, error: bytes, trace: str) -> BaseException | None:
         return load_error(error, trace) if error else RemoteTraceback(trace) if trace else None
 
-    def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId:
-        return self.connection.publish(key, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
+    def publish(self, key: str, payload: object, extra: Extra | None, confirm: bool) -> EventId:
+        return self.connection.publish(key, payload, extra, confirm=confirm)
 
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
         self.connection.publish_together(events)
 
-    def request(self, key: str, payload: object, target: str) -> Reply[Any]:
-        return self.connection.request(key, payload, target)
+    def request(self, key: str, payload: object, target: str, extra: Extra | None) -> Reply[Any]:
+        return self.connection.request(key, payload, target, extra)
 
     def drain(self, timeout: float | None, progress: Watcher) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -222,8 +222,7 @@ class InlineEngine:
     def error_of(self, error: bytes, trace: str) -> BaseException | None:
         return load_error(error, trace) if error else None
 
-    def publish(self, key: str, payload: object, ordering_key: str | None, headers: dict[str, str] | None, confirm: bool) -> EventId:
-        extra = extra_of(ordering_key, headers)
+    def publish(self, key: str, payload: object, extra: Extra | None, confirm: bool) -> EventId:
         try:
             return self.inline.send(key, codec.encode(payload), extra, strict=confirm)
         finally:
@@ -235,9 +234,9 @@ class InlineEngine:
         finally:
             self._tell()
 
-    def request(self, key: str, payload: object, target: str) -> Reply[Any]:
+    def request(self, key: str, payload: object, target: str, extra: Extra | None) -> Reply[Any]:
         try:
-            return self.inline.request(key, payload, target)
+            return self.inline.request(key, payload, target, extra)
         finally:
             self._tell()
 

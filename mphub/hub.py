@@ -46,7 +46,6 @@ from mphub.options import (
     check_choice,
     check_timeout,
     parse_share,
-    refuse_timing,
     refuse_unavailable,
 )
 from mphub.procs import boot
@@ -59,7 +58,7 @@ from mphub.subscribing import SubscribeOptions, check_types, make_spec
 from mphub.subscription import Subscription
 from mphub.wire import codec as wire_codec
 from mphub.wire.codec import shortened
-from mphub.wire.frames import is_text
+from mphub.wire.frames import extra_of, is_text
 
 if TYPE_CHECKING:  # a lambda says nothing of its payload: then it is Any, also to what checks its body (bound)
     from typing_extensions import TypeVar as DefaultTypeVar
@@ -452,21 +451,22 @@ class EventHub:
     ) -> EventId:  # fmt: skip
         """Publish one event; pipelined unless ``confirm``. Inside a handler it is committed with the ack (``now=True``: at once).
 
-        Raises InvalidKey, PayloadError, HubClosed; with ``confirm`` NoSubscriber.
+        ``delay``: seconds before it may start; ``expires``: seconds after which, unless it has started, it is dropped.
+        Raises InvalidKey, InvalidOption, PayloadError, HubClosed; with ``confirm`` NoSubscriber.
         """
         here = self._here
         special = headers or now or confirm or priority or delay or ordering_key or expires is not None
         if here is not None and holder.context is None and not special:
             return here(key, payload)
-        refuse_timing(priority, delay, expires)
+        extra = extra_of(ordering_key, headers, priority, delay, expires)
         name = check_key(key if type(key) is str else str_of(key))
         if holder.context is not None and (context := self._surrounding()) is not None:
-            return publish_inside(context, name, payload, ordering_key=ordering_key, headers=headers, now=now, confirm=confirm)
+            return publish_inside(context, name, payload, extra, now=now, confirm=confirm)
         if self._engine is not None and self._pid == getpid():
-            return self._engine.publish(name, payload, ordering_key, headers, confirm)
+            return self._engine.publish(name, payload, extra, confirm)
         self._must_be_remote("publish")
         self._here = self._publish_from_afar
-        return connection_to(self._address).publish(name, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
+        return connection_to(self._address).publish(name, payload, extra, confirm=confirm)
 
     def _publish_from_afar(self, key: str | Topic[Any], payload: object) -> EventId:
         """Publish an event with nothing special from another process than the hub's."""
@@ -555,25 +555,25 @@ class EventHub:
     def request(self, key: str | Topic[T], payload: T, *, to: str | None = None, expires: float | None = None) -> Reply[Any]:
         """Ask the one subscriber of a key that answers (``to=`` names one of several).
 
+        ``expires``: seconds within which it must start, else the reply ends with Dropped.
         Raises NoSubscriber, AmbiguousKey. The reply ends with the handler's result or with why there is none.
         """
-        refuse_unavailable(expires=(expires, None))
-        return self._request(check_key(str_of(key)), payload, to)
+        return self._request(check_key(str_of(key)), payload, to, expires)
 
-    def _request(self, key: str, payload: object, to: str | None) -> Reply[Any]:
+    def _request(self, key: str, payload: object, to: str | None, expires: float | None) -> Reply[Any]:
+        extra = extra_of(expires=expires)
         context = self._surrounding()
         if context is not None:
-            return context.request(key, payload, to)
+            return context.request(key, payload, to, extra)
         if self._engine is None or self._pid != getpid():
             self._must_be_remote("request")
-            return connection_to(self._address).request(key, payload, to)
-        return self._engine.request(key, payload, self._subscriptions.answerer(key, to))
+            return connection_to(self._address).request(key, payload, to, extra)
+        return self._engine.request(key, payload, self._subscriptions.answerer(key, to), extra)
 
     def map(self, key: str | Topic[T], payloads: Iterable[T], *, to: str | None = None, expires: float | None = None) -> Results[Any]:
         """Ask for each payload, a bounded number ahead; results in the order of the payloads."""
-        refuse_unavailable(expires=(expires, None))
         name = check_key(str_of(key))
-        return Results(lambda payload: self._request(name, payload, to), payloads)
+        return Results(lambda payload: self._request(name, payload, to, expires), payloads)
 
     # -- looking
 

@@ -105,15 +105,6 @@ def refuse_unavailable(**options: tuple[object, object]) -> None:
             raise InvalidOption(f"{field}: got {value!r:.60}; this version has only {field}={default!r}")
 
 
-def refuse_timing(priority: int, delay: float, expires: float | None) -> None:
-    """Refuse when and in what order an event is to be started, which later versions know.
-
-    Raises InvalidOption.
-    """
-    if priority or delay or expires is not None:
-        refuse_unavailable(priority=(priority, 0), delay=(delay, 0.0), expires=(expires, None))
-
-
 class Restart(msgspec.Struct, frozen=True):
     """When a process that died is started again.
 

@@ -14,7 +14,7 @@ from mphub.connection import Address, Connection, connection_to
 from mphub.core.keys import check_key
 from mphub.errors import HubError, PayloadError
 from mphub.events import EventId, Topic, str_of
-from mphub.options import check_timeout, refuse_timing, refuse_unavailable
+from mphub.options import check_timeout, refuse_unavailable
 from mphub.reply import Reply
 from mphub.subscriber import Context, holder, inside_of, publish_inside
 from mphub.wire import codec
@@ -51,11 +51,11 @@ class Publisher:
         special = headers or now or confirm or priority or delay or ordering_key or expires is not None
         if holder.context is None and not special:
             return connection_to(self._address).publish_plain(key, payload)
-        refuse_timing(priority, delay, expires)
+        extra = extra_of(ordering_key, headers, priority, delay, expires)
         name, context = check_key(str_of(key)), self._context
         if context is not None:
-            return publish_inside(context, name, payload, ordering_key=ordering_key, headers=headers, now=now, confirm=confirm)
-        return self._connection.publish(name, payload, ordering_key=ordering_key, headers=headers, confirm=confirm)
+            return publish_inside(context, name, payload, extra, now=now, confirm=confirm)
+        return self._connection.publish(name, payload, extra, confirm=confirm)
 
     def publish_batch(self, key: str | Topic[T], payloads: Iterable[T]) -> int:
         """Send the payloads of an iterable one after the other, with bounded memory; return how many."""
@@ -89,9 +89,8 @@ class Publisher:
             self._connection.publish_together(events)
 
     def request(self, key: str | Topic[T], payload: T, *, to: str | None = None, expires: float | None = None) -> Reply[Any]:
-        """Ask the one subscriber of a key that answers (or the one named by ``to``)."""
-        refuse_unavailable(expires=(expires, None))
-        return (self._context or self._connection).request(check_key(str_of(key)), payload, to)
+        """Ask the one subscriber of a key that answers (or the one named by ``to``), which must start within ``expires`` seconds."""
+        return (self._context or self._connection).request(check_key(str_of(key)), payload, to, extra_of(expires=expires))
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until everything that this process published is accepted; seconds.

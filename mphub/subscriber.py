@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 from mphub.core.keys import check_key
 from mphub.errors import HubError
 from mphub.events import Event, EventId, Topic, str_of
+from mphub.wire.frames import Extra, extra_of
 
 if TYPE_CHECKING:
     from mphub.reply import Reply
-    from mphub.wire.frames import Extra
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -64,9 +64,9 @@ class Context(Protocol):
     folder: str
     """Of the hub whose handler it is."""
 
-    def publish(self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool) -> EventId: ...
+    def publish(self, key: str, payload: object, extra: Extra | None, *, now: bool) -> EventId: ...
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None: ...
-    def request(self, key: str, payload: object, target: str | None) -> Reply[object]: ...
+    def request(self, key: str, payload: object, target: str | None, extra: Extra | None = None) -> Reply[object]: ...
     def current_event(self) -> Event: ...
 
 
@@ -102,16 +102,14 @@ def inside_of(folder: str) -> Context | None:
     return context if context is not None and context.folder == folder else None
 
 
-def publish_inside(
-    context: Context, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool, confirm: bool
-) -> EventId:  # fmt: skip
+def publish_inside(context: Context, key: str, payload: object, extra: Extra | None, *, now: bool, confirm: bool) -> EventId:
     """Publish from a handler, by whatever object: it is committed with the ack.
 
     Raises HubError: it is to wait for that.
     """
     if confirm:
         raise HubError("publish(confirm=True) in a handler would wait for itself: what a handler publishes is committed with its ack")
-    return context.publish(key, payload, ordering_key=ordering_key, headers=headers, now=now)
+    return context.publish(key, payload, extra, now=now)
 
 
 def is_importing() -> bool:
@@ -132,6 +130,9 @@ def publish(
     ordering_key: str | None = None,
     headers: dict[str, str] | None = None,
     now: bool = False,
+    priority: int = 0,
+    delay: float = 0.0,
+    expires: float | None = None,
 ) -> EventId: ...
 @overload
 def publish(
@@ -141,6 +142,9 @@ def publish(
     ordering_key: str | None = None,
     headers: dict[str, str] | None = None,
     now: bool = False,
+    priority: int = 0,
+    delay: float = 0.0,
+    expires: float | None = None,
 ) -> EventId: ...
 def publish(
     key: str | Topic[T],
@@ -149,13 +153,17 @@ def publish(
     ordering_key: str | None = None,
     headers: dict[str, str] | None = None,
     now: bool = False,
+    priority: int = 0,
+    delay: float = 0.0,
+    expires: float | None = None,
 ) -> EventId:
     """Publish from inside a handler: committed with the ack of the event that is being handled.
 
-    With ``now=True`` it goes out at once, at least once, also when this attempt fails later.
-    Raises HubError outside a handler, InvalidKey, PayloadError.
+    With ``now=True`` it goes out at once, at least once, also when this attempt fails later. ``delay`` and ``expires`` are seconds from now.
+    Raises HubError outside a handler, InvalidKey, InvalidOption, PayloadError.
     """
-    return _context("publish").publish(check_key(str_of(key)), payload, ordering_key=ordering_key, headers=headers, now=now)
+    extra = extra_of(ordering_key, headers, priority, delay, expires)
+    return _context("publish").publish(check_key(str_of(key)), payload, extra, now=now)
 
 
 def current_event() -> Event:

@@ -43,9 +43,8 @@ class Subscription(Generic[T, R]):
         return self._hub._state_of(self.name)
 
     def request(self, payload: T, *, expires: float | None = None) -> Reply[R]:
-        """Ask this subscriber; the reply ends with its result or with why there is none."""
-        refuse_unavailable(expires=(expires, None))
-        return self._hub._request(self._own_key(), payload, self.name)
+        """Ask this subscriber, which must start within ``expires`` seconds; the reply ends with its result or with why there is none."""
+        return self._hub._request(self._own_key(), payload, self.name, expires)
 
     def map(
         self, payloads: Iterable[T], *, ordered: bool = True, errors: str = "raise", progress: bool = False, total: int | None = None

@@ -652,7 +652,7 @@ def test_what_is_not_there_yet_is_refused_with_a_sentence(engine: str) -> None:
         {"ordered": True}, {"concurrency": 2}, {"process": "other"}, {"batch": 10}, {"where": len}, {"rate": 1},
         {"recycle": 1}, {"replace": True}, {"start": "all"},
     ]  # fmt: skip
-    publishing: list[dict[str, Any]] = [{"priority": 1}, {"delay": 1.0}, {"expires": 1.0}]
+    publishing: list[dict[str, Any]] = [{"priority": 1}]
     making: list[dict[str, Any]] = [
         {"path": "folder"}, {"codec": "json"}, {"durability": "power"}, {"retention": 1}, {"notify": ["mailto:a"]},
         {"dashboard": 80},

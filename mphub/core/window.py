@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import inf
 
 from mphub.core.rows import Row
-from mphub.core.spans import Spans, contains, first_of, length, subtract
+from mphub.core.spans import Spans, contains, first_of, indexes, length, spans_of, subtract
+
+GRAIN = 0.01
+"""Seconds between two looks at what is too late: each goes through the whole window."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +51,8 @@ class Window:
         self.waiting: deque[Piece] = deque()
         self.loaded = 0
         self.loaded_bytes = 0
+        self.expires = inf
+        """When the first of them is too late to start: seconds since the epoch."""
 
     def add(self, portion: Portion) -> None:
         """Append the events of a portion."""
@@ -61,12 +67,28 @@ class Window:
         count = length(piece.spans)
         self.loaded += count
         self.loaded_bytes += count * piece.portion.size
+        if piece.portion.row.batch.extras:
+            self.expires = min([self.expires, *(at for _, at in deadlines(piece))])
+
+    def expire(self, now: float) -> list[tuple[Portion, Spans]]:
+        """Take out what should have started before now."""
+        found = []
+        for piece in self.drop_waiting():
+            late = spans_of(index for index, at in deadlines(piece) if at <= now)
+            if late:
+                found.append((piece.portion, late))
+                piece.spans = subtract(piece.spans, late)
+            if piece.spans:
+                self.put(piece, self.waiting.append)
+        self.expires = max(self.expires, now + GRAIN)
+        return found
 
     def drop_waiting(self) -> list[Piece]:
         """Empty the inbox; what the process holds stays."""
         pieces = list(self.waiting)
         self.waiting.clear()
         self.loaded = self.loaded_bytes = 0
+        self.expires = inf
         return pieces
 
     def take_oldest(self, count: int) -> Iterator[tuple[Portion, Spans]]:
@@ -103,3 +125,12 @@ class Window:
         count = length(spans)
         self.loaded -= count
         self.loaded_bytes -= count * piece.portion.size
+
+
+def deadlines(piece: Piece) -> Iterator[tuple[int, float]]:
+    """Yield (index, when it is too late to start) of events that have such a time; one that has started once is in time for ever."""
+    extras = piece.portion.row.batch.extras
+    for index in indexes(piece.spans) if extras else ():
+        extra = extras.get(index)
+        if extra is not None and extra.expires and index not in piece.portion.attempts:
+            yield index, extra.expires

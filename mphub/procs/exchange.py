@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -16,7 +17,7 @@ from mphub import failpoints
 from mphub.core.delivery import Range, Verdict, parts_within
 from mphub.core.keys import nearest
 from mphub.core.rows import Row, part_of, share
-from mphub.core.spans import Spans, first_of, indexes, length, subtract
+from mphub.core.spans import Spans, first_of, indexes, length, spans_of, subtract
 from mphub.core.table import RoutingTable
 from mphub.core.window import Portion
 from mphub.errors import JournalError
@@ -277,9 +278,21 @@ class Exchange:
         self.accepted += row.count
         self.references.hold(batch.blob)
         taken = {box: left for box, spans in matched.items() if (left := self._admit(box, row, spans))}
+        if batch.extras is not None and (later := {i: extra.due for i, extra in batch.extras.items() if extra.due > self.clock()}):
+            taken = {box: left for box, spans in taken.items() if (left := self._put_off(box, row, spans, later))}
         if taken:
             self._store(row, taken)
         self.references.drop(batch.blob)
+
+    def _put_off(self, box: Mailbox, row: Row, spans: Spans, later: dict[int, float]) -> Spans:
+        """Let events wait for their time in rows of their own; return the others."""
+        late = [index for index in indexes(spans) if index in later]
+        for index in late:
+            batch, body = self.cut_out(row, index)
+            box.take_in(row.epoch, 1, share(batch))
+            self._wait_until(box, batch, body, row.epoch, 1, later[index])
+        self.touch(box)
+        return subtract(spans, spans_of(late))
 
     def _store(self, row: Row, taken: dict[Mailbox, Spans]) -> None:
         self.next_row += 1
@@ -457,11 +470,13 @@ class Exchange:
     def _postpone(self, box: Mailbox, portion: Portion, index: int, attempt: int, due: float) -> None:
         """Cut one event out into a row of its own that waits for its time."""
         batch, body = self.cut_out(portion.row, index)
-        number = self.make_single(box, batch, body, portion.row.epoch, attempt, due)
-        heapq.heappush(box.delayed, (due, number))
+        self._wait_until(box, batch, body, portion.row.epoch, attempt, due)
         box.bytes += share(batch) - portion.size
         portion.finish([(index, index + 1)])
         self._close_if_done(box, portion)
+
+    def _wait_until(self, box: Mailbox, batch: Batch, body: bytes, epoch: int, attempt: int, due: float) -> None:
+        heapq.heappush(box.delayed, (due, self.make_single(box, batch, body, epoch, attempt, due)))
 
     def cut_out(self, row: Row, index: int) -> tuple[Batch, bytes]:
         """Return one event alone: (header, an array of its pickle, empty if that is a blob)."""
@@ -539,17 +554,26 @@ class Exchange:
         """Return when there is something to do though nothing arrives: seconds since the epoch."""
         if self.room.is_busy:
             return 0.0
-        return min((box.delayed[0][0] for box in self.boxes.values() if box.delayed), default=None)
+        first = min((box.due for box in self.boxes.values()), default=inf)
+        return first if first != inf else None
 
     def is_due(self, now: float) -> bool:
         due = self.next_due()
         return due is not None and due <= now
 
     def wake(self, now: float) -> None:
-        """Put delayed events whose time has come to the front of their inboxes."""
+        """Put delayed events whose time has come to the front of their inboxes, and drop what is too late to start."""
         for box in self.boxes.values():
-            if box.delayed and box.delayed[0][0] <= now:
+            if box.due <= now:
                 self._load_delayed(box, now)
+                self._expire(box, now)
+
+    def _expire(self, box: Mailbox, now: float) -> bool:
+        """Drop what should have started before now; say whether there was something."""
+        late = box.window.expire(now) if box.window.expires <= now else []
+        for portion, spans in late:
+            self._drop(box, portion, spans, "expired")
+        return bool(late)
 
     def _load_delayed(self, box: Mailbox, now: float | None) -> None:
         while box.delayed and (now is None or box.delayed[0][0] <= now):
@@ -562,10 +586,14 @@ class Exchange:
             put(single_portion(number, _single.decode(value)))
 
     def refill(self, box: Mailbox, least: int = 0) -> None:
-        """Read on where the window ends, at any rate to row ``least``."""
-        if box.tail is None:
-            return
-        for key, value in self.journal.scan("rows", box.tail.to_bytes(8, "big")):
+        """Read on where the window ends, at any rate to row ``least``; what has become too late meanwhile makes room for more."""
+        while box.tail is not None:
+            self._load_more(box, box.tail, least)
+            if not self._expire(box, self.clock()):
+                return
+
+    def _load_more(self, box: Mailbox, tail: int, least: int) -> None:
+        for key, value in self.journal.scan("rows", tail.to_bytes(8, "big")):
             number = int.from_bytes(key, "big")
             if number > least and not box.wants_more():
                 box.tail = number

@@ -29,7 +29,7 @@ from mphub.store.journal import MemoryJournal
 from mphub.subscriber import holder
 from mphub.wire import codec
 from mphub.wire.codec import Parts
-from mphub.wire.frames import Batch, Extra, Failure, ReplyRow, Report, encode, extra_of, join, split
+from mphub.wire.frames import Batch, Extra, Failure, ReplyRow, Report, encode, join, split
 from mphub.wire.specs import Spec
 
 
@@ -327,8 +327,7 @@ class Inline:
 
     # -- what a handler may ask (Context)
 
-    def publish(self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool) -> EventId:
-        extra = extra_of(ordering_key, headers)
+    def publish(self, key: str, payload: object, extra: Extra | None, *, now: bool) -> EventId:
         data = codec.encode(payload)
         if now:
             return self.send(key, data, extra)
@@ -337,11 +336,11 @@ class Inline:
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
         self.outputs.publish_together(events)
 
-    def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
+    def request(self, key: str, payload: object, target: str | None, extra: Extra | None = None) -> Reply[object]:
         if target is not None:
             check_name(target, "to")
         reply: Reply[object] = Reply()
-        self.send(key, codec.encode(payload), target=target, reply=reply)
+        self.send(key, codec.encode(payload), extra, target=target, reply=reply)
         if self._busy:
             self._work_for(reply)
         return reply

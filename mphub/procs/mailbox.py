@@ -101,6 +101,11 @@ class Mailbox:
     def has_waiting(self) -> bool:
         return bool(self.window.waiting) or self.tail is not None
 
+    @property
+    def due(self) -> float:
+        """When there is something to do though nothing arrives: seconds since the epoch."""
+        return min(self.delayed[0][0], self.window.expires) if self.delayed else self.window.expires
+
     def room(self) -> int:
         """Return how many events still fit."""
         return 0 if self.bytes >= self.max_bytes else max(0, self.spec.inbox.maxsize - self.unfinished)
@@ -114,10 +119,13 @@ class Mailbox:
 
     def account(self, portion: Portion) -> None:
         """Enter new events in the books."""
-        count = portion.count
-        self.counters.take_in(portion.row.epoch, count)
+        self.take_in(portion.row.epoch, portion.count, portion.size)
+
+    def take_in(self, epoch: int, count: int, size: int) -> None:
+        """Enter events of so many bytes each."""
+        self.counters.take_in(epoch, count)
         self.unfinished += count
-        self.bytes += count * portion.size
+        self.bytes += count * size
 
     def enqueue(self, portion: Portion) -> None:
         """Let a new portion wait: in the window if there is room, else behind it in the journal."""

@@ -413,11 +413,10 @@ class Worker:
 
     # -- what a handler may ask (Context)
 
-    def publish(self, key: str, payload: object, *, ordering_key: str | None, headers: dict[str, str] | None, now: bool) -> EventId:
+    def publish(self, key: str, payload: object, extra: frames.Extra | None, *, now: bool) -> EventId:
         if now:
             epoch = self.deliver.epoch if self.deliver is not None else 0
-            return connection_to(self.address).publish(key, payload, ordering_key=ordering_key, headers=headers, epoch=epoch)
-        extra = frames.extra_of(ordering_key, headers)
+            return connection_to(self.address).publish(key, payload, extra, epoch=epoch)
         data = codec.encode_apart(payload)
         if isinstance(data, codec.Parts):
             data = bytes(data)  # it goes out when the handler returns, which may change the payload until then
@@ -426,10 +425,10 @@ class Worker:
     def publish_together(self, events: list[tuple[str, bytes, frames.Extra | None]]) -> None:
         self.outputs.publish_together(events)
 
-    def request(self, key: str, payload: object, target: str | None) -> Reply[object]:
+    def request(self, key: str, payload: object, target: str | None, extra: frames.Extra | None = None) -> Reply[object]:
         if target == self.name or (target is None and self.spec.answers and any(matches(p, key) for p in self.spec.patterns)):
             raise HubError(f"request({key!r}) in {self.name!r}, which is the one to answer it, would wait for itself: call the function")
-        return connection_to(self.address).request(key, payload, target)
+        return connection_to(self.address).request(key, payload, target, extra)
 
     def current_event(self) -> Event:
         """Build the event from the delivery and the state bytes."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import struct
+import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, TypeVar
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Final, TypeVar
 import msgspec
 
 from mphub.errors import InvalidOption
+from mphub.options import check_number, refuse_unavailable
 
 T = TypeVar("T")
 # checked when a header is decoded: what cannot be ends the connection that it came on
@@ -84,26 +86,38 @@ class Extra(Wire, frozen=True):
 
     ordering_key: str | None = None
     headers: dict[str, str] | None = None
+    due: float = 0.0
+    """When it may start, in seconds since the epoch; 0: at once."""
+    expires: float = 0.0
+    """When it is too late to start; 0: never."""
 
     @property
     def size(self) -> int:
         """Bytes that it takes in a header, about."""
         texts = [self.ordering_key or "", *(text for pair in (self.headers or {}).items() for text in pair)]
-        return sum(len(text.encode()) + 5 for text in texts)
+        return sum(len(text.encode()) + 5 for text in texts) + 18
 
 
-def extra_of(ordering_key: str | None, headers: dict[str, str] | None) -> Extra | None:
+def extra_of(
+    ordering_key: str | None = None, headers: dict[str, str] | None = None, priority: int = 0, delay: float = 0.0,
+    expires: float | None = None,
+) -> Extra | None:  # fmt: skip
     """Return what goes with an event, checked here: a peer that cannot read it closes the connection.
 
     Raises InvalidOption.
     """
+    refuse_unavailable(priority=(priority, 0))
     if ordering_key is not None and not is_text(ordering_key):
         raise InvalidOption(f"ordering_key: got {ordering_key!r:.80}; expected a str that utf-8 can encode")
     if headers is not None and not (isinstance(headers, dict) and all(is_text(x) for pair in headers.items() for x in pair)):
         raise InvalidOption(f"headers: got {headers!r:.80}; expected a dict of str to str, of what utf-8 can encode")
-    if ordering_key is None and not headers:
+    check_number("publish", "delay", delay, 0)
+    if expires is not None:
+        check_number("publish", "expires", expires, delay, above=True)
+    if ordering_key is None and not headers and not delay and expires is None:
         return None
-    extra = Extra(ordering_key, headers)
+    now = time.time()
+    extra = Extra(ordering_key, headers, now + delay if delay else 0.0, now + expires if expires is not None else 0.0)
     if extra.size > MAX_EXTRA:
         raise InvalidOption(f"headers and ordering_key: got {extra.size} bytes; expected at most {MAX_EXTRA}: put it into the payload")
     return extra
