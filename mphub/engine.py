@@ -48,6 +48,10 @@ class Engine(Protocol):
     def subscribe(self, specs: Sequence[Spec]) -> None: ...
     def unsubscribe(self, name: str, *, drain: bool) -> None: ...
     def restart(self, name: str) -> None: ...
+    def pause(self, name: str) -> None: ...
+    def resume(self, name: str) -> None: ...
+    def scale(self, name: str, replicas: int) -> None: ...
+    def set_keys(self, name: str, patterns: list[str]) -> None: ...
     def state_of(self, name: str) -> tuple[str, bytes, str]: ...
     def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]: ...
     def error_of(self, error: bytes, trace: str) -> BaseException | None: ...
@@ -107,6 +111,20 @@ class ProcessEngine:
     def restart(self, name: str) -> None:
         self.client.call("restart", name=name)
 
+    def pause(self, name: str) -> None:
+        self.client.call("pause", name=name)
+
+    def resume(self, name: str) -> None:
+        self.client.call("resume", name=name)
+
+    def scale(self, name: str, replicas: int) -> None:
+        self.client.call("scale", name=name, replicas=replicas)
+        self._replicas[name] = replicas
+
+    def set_keys(self, name: str, patterns: list[str]) -> None:
+        self.connection.flush()  # what was published before goes by the old keys
+        self.client.call("set_keys", name=name, patterns=patterns)
+
     def state_of(self, name: str) -> tuple[str, bytes, str]:
         return self.client.states.get(name, ("STARTING", b"", ""))
 
@@ -146,7 +164,7 @@ class ProcessEngine:
                 tell(progress_of(self.statistics(), began))
         self.console.flush(TOLD_WITHIN)  # what handlers printed until now
         for name, status in result["statuses"].items():
-            raise SubscriberPaused(name) if status == "PAUSED" else SubscriberFatal(name, status)
+            raise stuck_error(name, status)
 
     def _time_is_up(self, timeout: float | None) -> None:
         pending = {n: s.waiting + s.running for n, s in self.statistics().subscribers.items() if s.waiting + s.running}
@@ -212,6 +230,21 @@ class InlineEngine:
         """There is no process to restart, but what could not be set up is tried again."""
         self.inline.restart(name)
 
+    def pause(self, name: str) -> None:
+        self.inline.pause(name)
+
+    def resume(self, name: str) -> None:
+        try:
+            self.inline.resume(name)
+        finally:
+            self._tell()
+
+    def scale(self, name: str, replicas: int) -> None:
+        """There is one thread, whatever the number."""
+
+    def set_keys(self, name: str, patterns: list[str]) -> None:
+        self.inline.set_keys(name, patterns)
+
     def state_of(self, name: str) -> tuple[str, bytes, str]:
         box = self.inline.exchange.boxes.get(name)
         return (box.status if box else "STOPPED", *self.inline.errors.get(name, (b"", "")))
@@ -249,7 +282,7 @@ class InlineEngine:
         self._tell()
         for name, box in self.inline.exchange.boxes.items():
             if box.unfinished:
-                raise SubscriberFatal(name, box.status)
+                raise stuck_error(name, box.status)
 
     def _tell(self) -> None:
         """Tell what the user was not told by an exception."""
@@ -385,3 +418,8 @@ def rich_bar() -> Any:
     from rich.console import Console as RichConsole
 
     return Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=RichConsole(stderr=True))
+
+
+def stuck_error(name: str, status: str) -> SubscriberPaused | SubscriberFatal:
+    """Say why what waits for a subscriber does not move."""
+    return SubscriberPaused(name) if status == "PAUSED" else SubscriberFatal(name, status)

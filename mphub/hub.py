@@ -631,6 +631,15 @@ class EventHub:
     def _restart(self, name: str) -> None:
         self._running("restart").restart(name)
 
+    def _change(self, name: str, what: str, **fields: Any) -> None:
+        """Change a subscription for now and for later starts."""
+        self._must_own(what)
+        subscription = self._subscriptions.find(name)
+        with self._lock:
+            if self._engine is not None:
+                getattr(self._engine, what)(name, **fields)
+            subscription._spec = msgspec.structs.replace(subscription._spec, **fields)
+
     def _unsubscribe(self, subscription: Subscription[Any, Any], *, drain: bool) -> None:
         self._must_own("unsubscribe")
         name = subscription.name

@@ -14,7 +14,7 @@ from mphub.connection import Address, Connection, connection_to
 from mphub.core.keys import check_key
 from mphub.errors import HubError, PayloadError
 from mphub.events import EventId, Topic, str_of
-from mphub.options import check_timeout, refuse_unavailable
+from mphub.options import check_timeout
 from mphub.reply import Reply
 from mphub.subscriber import Context, holder, inside_of, publish_inside
 from mphub.wire import codec

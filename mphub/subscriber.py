@@ -159,7 +159,7 @@ def publish(
 ) -> EventId:
     """Publish from inside a handler: committed with the ack of the event that is being handled.
 
-    With ``now=True`` it goes out at once, at least once, also when this attempt fails later. ``delay`` and ``expires`` are seconds from now.
+    With ``now=True`` it goes out at once, at least once, also when this attempt fails later. ``delay``, ``expires``: seconds from now.
     Raises HubError outside a handler, InvalidKey, InvalidOption, PayloadError.
     """
     extra = extra_of(ordering_key, headers, priority, delay, expires)

@@ -20,7 +20,6 @@ from mphub.wire import codec
 from mphub.wire.frames import is_text
 from mphub.wire.specs import Spec, Surroundings
 
-
 MAX_REPLICAS = 1000
 """Each is a process of 5 MB at least."""
 THREAD_VARIABLES = (

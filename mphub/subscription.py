@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from mphub.events import DeadLetter
+from mphub.events import DeadLetter, Topic
 from mphub.observe.statistics import SubscriberStatistics
 from mphub.options import refuse_unavailable
 from mphub.reply import Reply, Results
+from mphub.subscribing import patterns_of, replicas_of
 from mphub.wire.specs import Spec
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Subscription(Generic[T, R]):
 
     @property
     def state(self) -> str:
-        """STARTING, RUNNING, BACKOFF, STOPPING, STOPPED or FATAL."""
+        """STARTING, RUNNING, PAUSED, BACKOFF, STOPPING, STOPPED or FATAL."""
         return self._hub._state_of(self.name)
 
     def request(self, payload: T, *, expires: float | None = None) -> Reply[R]:
@@ -63,6 +64,31 @@ class Subscription(Generic[T, R]):
     def restart(self) -> None:
         """End its process by the ladder and start another; charged to nobody. Also revives a FATAL one."""
         self._hub._restart(self.name)
+
+    def pause(self) -> None:
+        """Let what runs finish and start nothing more; what comes meanwhile waits, and beyond the inbox's bound becomes dead letters.
+
+        It stays paused until ``resume``, also when its process or the supervisor dies.
+        """
+        self._hub._running("pause").pause(self.name)
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+        self._hub._running("resume").resume(self.name)
+
+    def scale(self, replicas: int | str) -> None:
+        """Have so many replicas from now on (``"auto"``: one for each core); those that go finish what they run.
+
+        Raises InvalidOption.
+        """
+        self._hub._change(self.name, "scale", replicas=replicas_of(replicas))
+
+    def set_keys(self, keys: str | Topic[Any] | Sequence[str | Topic[Any]]) -> None:
+        """Have the events of other keys or patterns from now on; what waits already stays.
+
+        Raises InvalidKey.
+        """
+        self._hub._change(self.name, "set_keys", patterns=patterns_of(keys))
 
     def unsubscribe(self, *, drain: bool = True, forget: bool = False) -> None:
         """Route nothing more to it, let it finish what waits (or drop that, counted as ``unsubscribed``), and end it."""

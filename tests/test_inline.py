@@ -672,8 +672,6 @@ def test_what_is_not_there_yet_is_refused_with_a_sentence(engine: str) -> None:
                 hub.publish("k", "", **options)
             with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}: got .* this version has only"):
                 asyncio.run(hub.publish_async("k", "", **options))
-        with pytest.raises(mphub.InvalidOption, match="expires"):
-            hub.request("k", "", expires=1.0)
 
 
 def test_wrong_uses_are_refused_at_once(engine: str) -> None:

@@ -129,7 +129,7 @@ class Window:
 
 def deadlines(piece: Piece) -> Iterator[tuple[int, float]]:
     """Yield (index, when it is too late to start) of events that have such a time; one that has started once is in time for ever."""
-    extras = piece.portion.row.batch.extras
+    extras = piece.portion.row.batch.extras or {}
     for index in indexes(piece.spans) if extras else ():
         extra = extras.get(index)
         if extra is not None and extra.expires and index not in piece.portion.attempts:

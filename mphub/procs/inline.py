@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import msgspec
+
 from mphub.connection import settle_reply
 from mphub.core.delivery import Held
 from mphub.core.keys import check_name
@@ -97,6 +99,19 @@ class Inline:
         if name in self.errors:
             self._begin(self.exchange.boxes[name].spec)
             self.work_off()
+
+    def pause(self, name: str) -> None:
+        if name in self.posts:
+            self._set_status(name, "PAUSED")
+
+    def resume(self, name: str) -> None:
+        if self.exchange.boxes[name].status == "PAUSED":
+            self._set_status(name, "RUNNING")
+            self.work_off()
+
+    def set_keys(self, name: str, patterns: list[str]) -> None:
+        with self.exchange.turn():
+            self.exchange.subscribe(msgspec.structs.replace(self.exchange.boxes[name].spec, patterns=patterns))
 
     def _begin(self, spec: Spec) -> None:
         try:
@@ -230,7 +245,7 @@ class Inline:
     def _step(self) -> bool:
         self._answer()
         posts = self.posts.values()  # but those of handlers that wait for an answer
-        waiting = [post for post in posts if post.box.window.waiting and not post.delivery.held]
+        waiting = [post for post in posts if post.box.window.waiting and not post.delivery.held and post.box.status != "PAUSED"]
         if not waiting:
             return self._wait_for_retry()
         post = min(waiting, key=lambda post: post.box.window.waiting[0].portion.row.id)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from mphub.core.window import Portion, Window
 from mphub.core.rows import Row, share
+from mphub.core.window import Portion, Window
 from mphub.store.journal import Counters, Single, SubscriberState
 from mphub.wire.frames import encode
 from mphub.wire.specs import Spec, Surroundings

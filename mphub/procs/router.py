@@ -25,7 +25,7 @@ from mphub.procs import fork
 from mphub.procs.door import Door
 from mphub.procs.exchange import SETTLED, Exchange
 from mphub.procs.letters import Cause
-from mphub.procs.mailbox import LASTING
+from mphub.procs.mailbox import LASTING, Mailbox
 from mphub.procs.peers import PublisherPeer, Seat, body_of, check_batch, running_of, unpack_ids
 from mphub.reader import is_alive
 from mphub.store.blobs import ROOM_EVERY, Blobs
@@ -88,6 +88,10 @@ class Router:
         failpoints.hit("router.recovered")
         self.publishers: dict[int, PublisherPeer] = {}
         self.seats: dict[int, Seat] = {}
+        self.shared: set[Mailbox] = set()
+        """Inboxes that several of them are given events of."""
+        self.informed = False
+        """The supervisor has said who lives: none that this router does not know holds anything."""
         self.arrived: dict[Stream, list[Frame]] = {}
         """What this turn has read and not handled yet."""
         self.to_confirm: set[PublisherPeer] = set()
@@ -359,7 +363,7 @@ class Router:
             report = _report.decode(header)
             try:
                 if self.exchange.report(seat, report, time.time()):
-                    seat.board.raise_flag(COMMITTED)
+                    seat.board.set_flag(COMMITTED)
             except JournalError as error:  # its state is ahead of what is kept: another incarnation does that again
                 seat.fenced = True
                 self._push("full", incarnation=seat.incarnation, message=str(error))
@@ -379,8 +383,8 @@ class Router:
         stream = seat.stream
         if stream is None:
             return
-        if seat.may_take():
-            share = self._share(seat) if seat.box.spec.replicas > 1 else SLOTS
+        if seat.may_take() and self.informed:
+            share = self._share(seat) if seat.box in self.shared else SLOTS
             while share > 0 and len(stream.out) < MAX_AHEAD and (held := seat.delivery.take(share)) is not None:
                 share -= length(held.spans)
                 self._hand_out(seat, stream, held)
@@ -390,9 +394,11 @@ class Router:
 
     def _seats_in_turn(self) -> Iterable[Seat]:
         """Return all seats; of replicas the least busy first."""
-        if all(box.spec.replicas == 1 for box in self.exchange.boxes.values()):
-            return self.seats.values()
-        return sorted(self.seats.values(), key=lambda seat: seat.delivery.holding)
+        return sorted(self.seats.values(), key=lambda seat: seat.delivery.holding) if self.shared else self.seats.values()
+
+    def _note_shared(self) -> None:
+        seated = Counter(seat.box for seat in self.seats.values())
+        self.shared = {box for box, count in seated.items() if count > 1}
 
     def _share(self, seat: Seat) -> int:
         """Return how many events a replica may be given, so that all have the same to do.
@@ -458,6 +464,13 @@ class Router:
 
     def do_status(self, name: str, status: str) -> None:
         self.exchange.set_status(name, status)
+        for seat in self.seats.values():
+            if seat.box.name == name:
+                self._recall(seat)
+
+    def _recall(self, seat: Seat) -> None:
+        """Want back what has not started from one that is to stop or paused: a handler that has become slow may hold hours of work."""
+        seat.board.set_flag(RECALLED, seat.stopping or seat.box.status == "PAUSED")
 
     def do_started(self, name: str, incarnation: int, replica: int, board: str, live: bool) -> None:
         """Seat an incarnation; a live one (this router is a successor) has yet to say what it holds."""
@@ -467,6 +480,8 @@ class Router:
         seat = Seat(incarnation, box, replica, Board(board))
         seat.told, _ = self.exchange.frames.get(incarnation, (0, 0))
         self.seats[incarnation] = seat
+        self._note_shared()
+        self._recall(seat)
         if live:
             seat.met = False
             seat.delivery.number = max((number + count for number, count, _, _ in seat.board.ranges()), default=0)
@@ -475,7 +490,7 @@ class Router:
         seat = self.seats.get(incarnation)
         if seat is not None and not seat.stopping:
             seat.stopping, seat.patience = True, 0
-            seat.board.raise_flag(RECALLED)  # a handler that has become slow may hold hours of work
+            self._recall(seat)
             if seat.stream is not None:
                 seat.stream.send(frames.STOP)
 
@@ -487,6 +502,7 @@ class Router:
         seat = self.seats.pop(incarnation, None)
         if seat is None:
             return
+        self._note_shared()
         self._read_last(seat)
         failpoints.hit("router.settling")
         board = seat.board
@@ -507,6 +523,7 @@ class Router:
 
     def do_known(self, incarnations: list[int]) -> None:
         """Forget all other incarnations: whoever should have said that they are settled has died, or this router's predecessor has."""
+        self.informed = True
         for incarnation in set(self.exchange.frames) - set(incarnations):
             self.exchange.forget_incarnation(incarnation)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mphub import failpoints
 from mphub.procs import boot, fork
 from mphub.procs.boot import Charter
@@ -22,7 +24,7 @@ from mphub.procs.link import Link
 from mphub.procs.mailbox import LASTING
 from mphub.procs.wards import Child, Group, Ward, make_child, orphans, tails
 from mphub.procs.worker import run_worker
-from mphub.wire.frames import Answer, Call, Push, decoder
+from mphub.wire.frames import Answer, Call, Push, decoder, encode
 from mphub.wire.specs import Spec
 
 OUT_OF_MEMORY = "killed by the kernel's OOM killer, most likely: the machine or its cgroup ran out of memory"
@@ -78,9 +80,9 @@ class Supervisor:
             early, self.early = self.early or [], None
             for encoded, status in found:
                 spec = _spec.decode(encoded)
-                group = self.groups[spec.name] = Group(spec)
+                group = self.groups[spec.name] = Group(spec, paused=status == "PAUSED")
                 for ward in group.wards:
-                    if status in LASTING:
+                    if status in LASTING and status != "PAUSED":
                         self._set_state(ward, status)
                     else:
                         self._start(ward)
@@ -324,8 +326,15 @@ class Supervisor:
     def _decide(self, ward: Ward, child: Child, exit_: str | int, text: str, *, finished: bool, by_itself: bool) -> None:
         if child.ending in ("stop", "restart") and child.ready and text and exit_ == 1:
             self.notice("failure", ward.name, text, key="", id="teardown", attempt=1, first=True)
-        if child.ending == "stop" or ward.leaving:
+        if ward.leaving:
             self._set_state(ward, "STOPPED", lasting=False)
+            return
+        group = self.groups[ward.name]
+        if ward.replica >= group.spec.replicas:
+            self._let_go(group, ward)
+            return
+        if child.ending == "stop":  # scaled down, and up again meanwhile
+            self._start(ward)
             return
         if exit_ == fork.SHORT and not fork.has_begun(child.record):
             self._put_off(ward, "no descriptor, memory or room in the hub's folder")
@@ -352,17 +361,21 @@ class Supervisor:
         """Tell hub and router; not the router if the hub ends: then what waits is dropped, not left waiting."""
         group, ward.told_router = self.groups[ward.name], lasting
         group.note_state(ward, state)
-        self._tell_status(group, self.link)
-        error, text = group.error if group.state == "FATAL" else (b"", "")
-        self.desk.push("state", name=ward.name, state=group.state, error=error, traceback=text)
+        self._announce(group)
         if state == "FATAL":
             which = f"replica {ward.replica} " if group.spec.replicas > 1 else ""
             deaths = f"{which}died {ward.counter.in_a_row} times in a row with no event finished"
             self.notice("FATAL", ward.name, f"{deaths}: not started again until restart()")
 
+    def _announce(self, group: Group) -> None:
+        """Tell router and hub the state of a subscriber."""
+        self._tell_status(group, self.link)
+        error, text = group.error if group.state == "FATAL" else (b"", "")
+        self.desk.push("state", name=group.spec.name, state=group.state, error=error, traceback=text)
+
     def _tell_status(self, group: Group, link: Link) -> None:
         if all(ward.told_router for ward in group.wards):
-            link.tell("status", name=group.spec.name, status="FROZEN" if group.frozen else group.state)
+            link.tell("status", name=group.spec.name, status="FROZEN" if group.frozen and not group.paused else group.state)
 
     def _end(self, child: Child, why: str, ladder: list[tuple[float, int]]) -> None:
         """Begin to end a process: (seconds from now, signal) after another."""
@@ -444,8 +457,6 @@ class Supervisor:
         if group is None:  # repeated
             answer()
             return
-        for ward in group.wards:
-            ward.leaving = True
 
         def when_dead() -> None:
             failpoints.hit("supervisor.unsubscribing")
@@ -465,6 +476,60 @@ class Supervisor:
             elif ward.child.ending is None:
                 self._ask_to_stop(ward.child, "restart")
         answer()
+
+    def do_pause(self, answer: Reply, name: str) -> None:
+        """Let a subscriber's processes finish what runs, and give them no more."""
+        self._set_paused(name, paused=True)
+        answer()
+
+    def do_resume(self, answer: Reply, name: str) -> None:
+        self._set_paused(name, paused=False)
+        answer()
+
+    def _set_paused(self, name: str, *, paused: bool) -> None:
+        group = self.groups.get(name)
+        if group is not None and group.paused != paused:
+            group.paused = paused
+            self._announce(group)
+
+    def do_scale(self, answer: Reply, name: str, replicas: int) -> None:
+        """Give a subscriber more processes or fewer; those that go finish what runs."""
+
+        def committed(group: Group, spec: Spec) -> None:
+            new, going = group.scale(spec)
+            for ward in new:
+                self._start(ward)
+            for ward in going:
+                self._let_go(group, ward)
+
+        self._change(answer, name, committed, replicas=replicas)
+
+    def do_set_keys(self, answer: Reply, name: str, patterns: list[str]) -> None:
+        self._change(answer, name, lambda group, spec: setattr(group, "spec", spec), patterns=patterns)
+
+    def _change(self, answer: Reply, name: str, then: Callable[[Group, Spec], None], **fields: object) -> None:
+        """Commit another spec, then follow it."""
+        group = self.groups.get(name)
+        if group is None:  # unsubscribed meanwhile
+            answer()
+            return
+        spec = msgspec.structs.replace(group.spec, **fields)
+
+        def committed(_: object) -> None:
+            if self.groups.get(name) is group:
+                then(group, spec)
+            answer()
+
+        self.link.ask("subscribe", committed, spec=encode(spec))
+
+    def _let_go(self, group: Group, ward: Ward) -> None:
+        """End a replica that is one too many."""
+        ward.start_at = None
+        if ward.child is None:
+            group.wards.remove(ward)
+            self._announce(group)
+        elif ward.child.ending is None:
+            self._ask_to_stop(ward.child, "stop")
 
     def do_drain(self, answer: Reply) -> None:
         """Let the router say when all is done; what handlers printed until then comes first."""
@@ -506,7 +571,7 @@ class Supervisor:
     def _once_dead(self, wards: list[Ward], then: Reply) -> None:
         """Stop processes; call ``then`` when each is reaped and its events are settled."""
         for ward in wards:
-            ward.start_at = None
+            ward.leaving, ward.start_at = True, None
             if ward.child is None:
                 self._set_state(ward, "STOPPED", lasting=False)
             else:

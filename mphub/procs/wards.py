@@ -27,6 +27,7 @@ LINE_BYTES = 64 << 10
 RECENT = 50
 """Lines of stderr that a dead letter has."""
 BEST_FIRST = ("STOPPING", "RUNNING", "STARTING", "BACKOFF", "FATAL", "STOPPED")
+PAUSABLE = ("RUNNING", "STARTING", "BACKOFF")
 WORST_FIRST = ("STOPPING", "FATAL", "BACKOFF", "STARTING", "STOPPED", "RUNNING")
 
 
@@ -194,11 +195,20 @@ class Ward:
 class Group:
     """A subscriber under supervision: its replicas, which live and die one by one."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, *, paused: bool = False) -> None:
         self.spec = spec
         self.wards = [Ward.make(spec, replica) for replica in range(spec.replicas)]
+        self.paused = paused
         self._complete = False
         """All have been RUNNING together."""
+
+    def scale(self, spec: Spec) -> tuple[list[Ward], list[Ward]]:
+        """Follow a spec with another number of replicas; return the wards that are new and those that are to go."""
+        self.spec = spec
+        there = {ward.replica for ward in self.wards}  # some of them may still be going
+        new = [Ward.make(spec, replica) for replica in range(spec.replicas) if replica not in there]
+        self.wards = sorted([*self.wards, *new], key=lambda ward: ward.replica)
+        return new, [ward for ward in self.wards if ward.replica >= spec.replicas]
 
     def note_state(self, ward: Ward, state: str) -> None:
         ward.state = state
@@ -212,7 +222,8 @@ class Group:
     def state(self) -> str:
         """That of the replica that is worst off until all have been RUNNING, then that of the one that is best off."""
         states = {ward.state for ward in self.wards}
-        return next(state for state in (BEST_FIRST if self._complete else WORST_FIRST) if state in states)
+        found = next(state for state in (BEST_FIRST if self._complete else WORST_FIRST) if state in states)
+        return "PAUSED" if self.paused and found in PAUSABLE else found
 
     @property
     def frozen(self) -> bool:

@@ -118,7 +118,7 @@ class Worker:
         self.last_snapshot = time.monotonic()
         self.plain = self.work.to is None and self.spec.snapshot is None
         self.is_ready = True
-        self.board.raise_flag(READY)
+        self.board.set_flag(READY)
         self._commit_outputs()
         failpoints.hit("worker.set_up")
         self._send(frames.READY)

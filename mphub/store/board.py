@@ -50,8 +50,8 @@ class Board:
     def flag(self, which: int) -> bool:
         return self.map[which] != 0
 
-    def raise_flag(self, which: int) -> None:
-        self.map[which] = 1
+    def set_flag(self, which: int, up: bool = True) -> None:
+        self.map[which] = up
 
     def hand_out(self, number: int, count: int, row: int, index: int) -> None:
         """Note a range and clear its states; to be called before the frame is sent."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
-from mphub.wire.frames import Call, ProtocolError, decoder
+from mphub.wire.frames import Call, Key, ProtocolError, decoder
 from mphub.wire.specs import Spec
 
 
@@ -16,6 +16,14 @@ class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Named(Asked, frozen=True):
     name: str
+
+
+class Scaling(Named, frozen=True):
+    replicas: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Keying(Named, frozen=True):
+    patterns: Annotated[list[Key], msgspec.Meta(min_length=1)]
 
 
 class Chosen(Asked, frozen=True):
@@ -37,6 +45,7 @@ class Subscribing(Asked, frozen=True):
 
 CALLS: Final[dict[str, type[Asked]]] = {
     "subscribe": Subscribing, "unsubscribe": Named, "stop_routing": Named, "restart": Named,
+    "pause": Named, "resume": Named, "scale": Scaling, "set_keys": Keying,
     "states": Asked, "statistics": Asked, "drain": Asked, "dead_letters": Page, "redrive": Chosen, "purge": Chosen,
     "stop_subscribers": Asked, "close": Asked,
 }  # fmt: skip

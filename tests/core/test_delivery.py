@@ -107,7 +107,7 @@ class Subscriber(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 12), gone=SETS)
     def publish(self, count: int, gone: set[int]) -> None:
-        row: Any = SimpleNamespace(id=len(self.portions))
+        row: Any = SimpleNamespace(id=len(self.portions), batch=SimpleNamespace(extras=None))
         todo = spans_of(i for i in range(count) if i not in gone)
         if todo:
             portion = Portion(row, todo, 10)
@@ -367,7 +367,7 @@ def test_the_first_of_spans(some: set[int], count: int) -> None:
 def test_more_is_handed_out_once_half_of_the_credit_is_free_not_an_event_at_a_time() -> None:
     """Events of two keys in turn: every second one is for this subscriber."""
     delivery = Delivery(Window(), MAX_ATTEMPTS, Credit(10, least=10), 100)
-    row = SimpleNamespace(id=1, count=80)
+    row = SimpleNamespace(id=1, count=80, batch=SimpleNamespace(extras=None))
     delivery.window.add(Portion(row, [(i, i + 1) for i in range(0, 80, 2)], 100))  # type: ignore[arg-type]
     handed: list[int] = []
     done = 0
@@ -386,7 +386,7 @@ def test_more_is_handed_out_once_half_of_the_credit_is_free_not_an_event_at_a_ti
 def test_processes_that_share_a_window_never_hold_the_same_event(steps: list[tuple[str, int, int]]) -> None:
     window = Window()
     hands = [Delivery(window, 5, Credit(4, least=4), SLOTS) for _ in range(3)]
-    row = SimpleNamespace(id=1)
+    row = SimpleNamespace(id=1, batch=SimpleNamespace(extras=None))
     portion = Portion(row, [(0, 40)], 1)  # type: ignore[arg-type]
     window.add(portion)
     finished: list[int] = []

@@ -146,7 +146,7 @@ def test_the_files_and_processes_of_all_go_with_the_subscriber() -> None:
 @pytest.mark.parametrize("replicas", [0, -1, 1.5, True, "many", None, 100_000])
 def test_replicas_are_a_number_or_auto(replicas: object) -> None:
     with pytest.raises(InvalidOption, match=r"replicas: got .*; expected an int from 1 to 1000, or 'auto'"):
-        EventHub().subscribe("k", print, replicas=replicas)  # type: ignore[arg-type]
+        EventHub().subscribe("k", print, replicas=replicas)  # type: ignore[call-overload]
 
 
 def test_auto_is_as_many_as_there_are_cores() -> None:

@@ -40,8 +40,8 @@ def test_env_is_there_before_the_handler_is_imported(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("env", ["A=b", {"A": 1}, {1: "a"}, {"A=B": "c"}, {"": "c"}, {"A": "b\0c"}, [("A", "b")]])
 def test_env_is_a_mapping_of_str(env: object) -> None:
-    with pytest.raises(InvalidOption, match="env: got .*; expected a mapping of str to str"):
-        EventHub().subscribe("k", variable, env=env)  # type: ignore[arg-type]
+    with pytest.raises(InvalidOption, match=r"env: got .*; expected a mapping of str to str"):
+        EventHub().subscribe("k", variable, env=env)  # type: ignore[call-overload]
 
 
 def test_numeric_libraries_get_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_an_initializer_must_be_callable_and_sendable() -> None:
         EventHub(initializer=3)  # type: ignore[arg-type]
     lock = threading.Lock()
     with pytest.raises(PayloadError, match="initializer"):
-        EventHub(initializer=lambda: lock.acquire())
+        EventHub(initializer=lock.acquire)
 
 
 def test_inline_has_no_environment_of_its_own() -> None:

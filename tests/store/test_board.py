@@ -30,7 +30,7 @@ def test_another_process_sees_what_was_written(board: Board) -> None:
     if not pid:
         other = Board(board.path)
         mark(other, 6, 3)
-        other.raise_flag(READY)
+        other.set_flag(READY)
         os._exit(list(other.ranges()) != [(5, 3, 7, 100)])
     assert os.waitpid(pid, 0)[1] == 0
     assert board.states(5, 3) == b"\x00\x03\x00"
