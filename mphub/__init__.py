@@ -34,7 +34,8 @@ from mphub.hub import EventHub
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics
 from mphub.options import Inbox, Limits, Restart, Retry, Snapshot, Stop
 from mphub.publisher import HubQueue, Publisher, Transaction
-from mphub.reply import Reply, Results
+from mphub.reply import Reply
+from mphub.results import Results
 from mphub.subscriber import Subscriber, current_event, publish
 from mphub.subscription import Subscription
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import TimeoutError as WaitTimeout
@@ -17,6 +16,7 @@ from mphub.errors import DrainTimeout, InvalidOption, RemoteTraceback, Subscribe
 from mphub.events import DeadLetter, EventId, Progress, Topic
 from mphub.observe.console import Console
 from mphub.observe.limiter import Limiter
+from mphub.observe.progress import Watcher, watching
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics, percentiles
 from mphub.options import Stop
 from mphub.procs import boot
@@ -36,7 +36,6 @@ SETTLED_WITHIN = 30.0
 """Seconds, beyond the stop ladder's, after which a stop does without the final figures."""
 TOLD_WITHIN = 1.0
 """Seconds that a drain or stop waits for output to be written."""
-Watcher = bool | Callable[[Progress], None]
 _dead = decoder(Dead)
 
 
@@ -378,46 +377,6 @@ def progress_of(statistics: HubStatistics, began: float) -> Progress:
     done = sum(s.handled + s.dead + sum(s.dropped.values()) for s in subscribers)
     rate = done / max(1e-3, time.monotonic() - began)
     return Progress(done, sum(s.accepted for s in subscribers), sum(s.dead for s in subscribers), rate)
-
-
-@contextlib.contextmanager
-def watching(progress: Watcher) -> Any:
-    """Yield what tells progress, or None: a callable, a bar on a terminal with rich, else a line every 10 s."""
-    if not progress:
-        yield None
-    elif callable(progress):
-        yield progress
-    elif sys.stderr.isatty() and (bar := rich_bar()) is not None:
-        task = bar.add_task("events", total=None)
-        with bar:
-            yield lambda p: bar.update(task, completed=p.done, total=p.total)
-    else:
-        yield Lines()
-
-
-class Lines:
-    """Prints how far it is, every 10 s."""
-
-    def __init__(self) -> None:
-        self.next = time.monotonic() + 10.0
-
-    def __call__(self, progress: Progress) -> None:
-        if time.monotonic() >= self.next:
-            self.next += 10.0
-            print(
-                f"mphub: {progress.done:,} of {progress.total:,}, {progress.dead:,} dead, {progress.rate:,.0f}/s",
-                file=sys.stderr,
-            )
-
-
-def rich_bar() -> Any:
-    try:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-    except ImportError:
-        return None
-    from rich.console import Console as RichConsole
-
-    return Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=RichConsole(stderr=True))
 
 
 def stuck_error(name: str, status: str) -> SubscriberPaused | SubscriberFatal:

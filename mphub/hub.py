@@ -33,8 +33,9 @@ from mphub.errors import (
     NoSubscriber,
     StartFailed,
 )
-from mphub.events import DeadLetter, EventId, Notice, Progress, Topic, str_of
+from mphub.events import DeadLetter, EventId, Notice, Topic, str_of
 from mphub.observe.console import Console, farewell, log
+from mphub.observe.progress import Watcher, check_progress
 from mphub.observe.statistics import HubStatistics
 from mphub.options import (
     Inbox,
@@ -52,7 +53,8 @@ from mphub.procs import boot
 from mphub.procs.exchange import ADMIT
 from mphub.publisher import HubQueue, Publisher, Transaction
 from mphub.registry import Registry
-from mphub.reply import Reply, Results
+from mphub.reply import Reply
+from mphub.results import Results
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing, publish_inside
 from mphub.subscribing import SubscribeOptions, check_types, make_spec
 from mphub.subscription import Subscription
@@ -324,15 +326,14 @@ class EventHub:
                 signal.signal(number, handler)
         return 0
 
-    def drain(self, timeout: float | None = None, *, progress: bool | Callable[[Progress], None] = False) -> HubStatistics:
+    def drain(self, timeout: float | None = None, *, progress: Watcher = False) -> HubStatistics:
         """Wait until what was accepted before, and all that follows from it, is handled, dead or dropped. Seconds.
 
         ``progress``: True for a bar (rich) or lines, or a callable taking ``Progress``, ten times a second at most.
         Raises SubscriberFatal or SubscriberPaused if such a one has work left, after all else is done; DrainTimeout.
         """
         self._must_own("drain")
-        if not (isinstance(progress, bool) or callable(progress)):
-            raise InvalidOption(f"progress: got {progress!r:.60}; expected True, False or a callable taking Progress")
+        check_progress(progress)
         check_timeout(timeout)
         engine = self._running("drain")
         engine.drain(timeout, progress)
@@ -570,10 +571,14 @@ class EventHub:
             return connection_to(self._address).request(key, payload, to, extra)
         return self._engine.request(key, payload, self._subscriptions.answerer(key, to), extra)
 
-    def map(self, key: str | Topic[T], payloads: Iterable[T], *, to: str | None = None, expires: float | None = None) -> Results[Any]:
-        """Ask for each payload, a bounded number ahead; results in the order of the payloads."""
+    def map(
+        self, key: str | Topic[T], payloads: Iterable[T], *, to: str | None = None, expires: float | None = None, ordered: bool = True,
+        errors: str = "raise", progress: Watcher = False, total: int | None = None,
+    ) -> Results[Any]:  # fmt: skip
+        """Ask for each payload, a bounded number ahead; see ``Subscription.map``."""
         name = check_key(str_of(key))
-        return Results(lambda payload: self._request(name, payload, to, expires), payloads)
+        ask = functools.partial(self._request, name, to=to, expires=expires)
+        return Results(ask, payloads, ordered=ordered, errors=errors, progress=progress, total=total)
 
     # -- looking
 

@@ -1,4 +1,4 @@
-"""Answers to requests: ``Reply`` for one, ``Results`` for a stream of them."""
+"""The answer to a request."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mphub")
 R = TypeVar("R")
-AHEAD = 64
-"""Requests that ``map`` has under way before the consumer takes a result."""
 
 
 class Firm(threading.Condition):
@@ -102,50 +98,6 @@ class Reply(concurrent.futures.Future[R]):
 
     def __await__(self) -> Generator[Any, None, R]:
         return asyncio.wrap_future(self).__await__()
-
-
-class Results(Generic[R]):
-    """Results of ``map`` in the order of the payloads; leaving the loop takes no further payloads."""
-
-    def __init__(self, ask: Callable[[Any], Reply[R]], payloads: Iterable[object]) -> None:
-        self._ask = ask
-        self._payloads = iter(payloads)
-        self._under_way: deque[Reply[R]] = deque()
-        self._fill()
-
-    def _fill(self) -> None:
-        while len(self._under_way) < AHEAD:
-            try:
-                payload = next(self._payloads)
-            except StopIteration:
-                return
-            self._under_way.append(self._ask(payload))
-
-    def __iter__(self) -> Iterator[R]:
-        return self
-
-    def __next__(self) -> R:
-        if not self._under_way:
-            raise StopIteration
-        try:
-            result = self._under_way[0].result()
-        except BaseException:
-            self.close()
-            raise
-        self._under_way.popleft()
-        self._fill()
-        return result
-
-    def close(self) -> None:
-        """Take no further payloads; answers that are under way are not waited for."""
-        self._payloads = iter(())
-        self._under_way.clear()
-
-    def __enter__(self) -> Results[R]:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 def failure_of(outcome: str, body: bytes) -> BaseException:

@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mphub.events import DeadLetter, Topic
+from mphub.observe.progress import Watcher
 from mphub.observe.statistics import SubscriberStatistics
-from mphub.options import refuse_unavailable
-from mphub.reply import Reply, Results
+from mphub.reply import Reply
+from mphub.results import Results
 from mphub.subscribing import patterns_of, replicas_of
 from mphub.wire.specs import Spec
 
@@ -48,11 +49,15 @@ class Subscription(Generic[T, R]):
         return self._hub._request(self._own_key(), payload, self.name, expires)
 
     def map(
-        self, payloads: Iterable[T], *, ordered: bool = True, errors: str = "raise", progress: bool = False, total: int | None = None
+        self, payloads: Iterable[T], *, ordered: bool = True, errors: str = "raise", progress: Watcher = False, total: int | None = None
     ) -> Results[R]:
-        """Ask it for each payload, a bounded number ahead; results in the order of the payloads."""
-        refuse_unavailable(ordered=(ordered, True), errors=(errors, "raise"), progress=(progress, False), total=(total, None))
-        return Results(self.request, payloads)
+        """Ask it for each payload, a bounded number ahead; results come in the order of the payloads, or as they are done.
+
+        errors: ``raise`` ends the loop with the first exception, ``return`` gives it in the place of the result. progress: True for a bar
+        (rich) or lines, or a callable taking ``Progress``, ten times a second at most; total: how many, if the payloads do not know.
+        Raises InvalidOption.
+        """
+        return Results(self.request, payloads, ordered=ordered, errors=errors, progress=progress, total=total)
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until it is RUNNING; seconds.

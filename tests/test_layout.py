@@ -17,7 +17,7 @@ LAYERS = (
     {"wire", "core"},
     {"store"},
     {"observe"},
-    {"publisher", "subscriber", "reply", "reader", "connection"},
+    {"publisher", "subscriber", "reply", "results", "reader", "connection"},
     {"procs"},
     {"hub", "engine", "registry", "subscribing", "subscription"},
     {"cli", "ext", "testing"},

@@ -1,0 +1,173 @@
+"""Answers to a stream of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from mphub.events import Progress
+from mphub.observe.progress import Watcher, check_progress, watching
+from mphub.options import check_choice, check_number
+from mphub.reply import Reply
+
+R = TypeVar("R")
+AHEAD = 64
+"""Requests under way before the consumer takes a result."""
+TELL_EVERY = 0.1
+"""Seconds between two words about the progress."""
+
+
+class Results(Generic[R]):
+    """Results of ``map``: for ``for`` and ``async for``; leaving the loop takes no further payloads."""
+
+    def __init__(
+        self, ask: Callable[[Any], Reply[R]], payloads: Iterable[object], *, ordered: bool = True, errors: str = "raise",
+        progress: Watcher = False, total: int | None = None,
+    ) -> None:  # fmt: skip
+        check_choice("map", "errors", errors, ("raise", "return"))
+        check_progress(progress)
+        if total is not None:
+            check_number("map", "total", total, 0, whole=True)
+        self._ask, self._ordered, self._errors = ask, ordered, errors
+        self._payloads = iter(payloads)
+        self._total = total if total is not None else len(payloads) if isinstance(payloads, Sized) else None
+        self._under_way: dict[Reply[R], object] = {}
+        """With their payloads, in the order of asking."""
+        self._done: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
+        """Replies that somebody is told of: as they come, or the first one."""
+        self._wake: Callable[[], object] | None = None
+        self._asked = self._given = self._failed = 0
+        self._began, self._tell_at = time.monotonic(), 0.0
+        self._watch = contextlib.ExitStack()
+        self._tell = self._watch.enter_context(watching(progress))
+        try:
+            self._fill()
+        except BaseException:
+            self.close()
+            raise
+
+    def _fill(self) -> None:
+        while len(self._under_way) < AHEAD:
+            try:
+                payload = next(self._payloads)
+            except StopIteration:
+                return
+            reply = self._ask(payload)
+            self._under_way[reply] = payload
+            self._asked += 1
+            if not self._ordered:
+                reply.add_done_callback(self._completed)
+
+    def _completed(self, reply: Future[R]) -> None:
+        self._done.put(reply)
+        wake = self._wake
+        if wake is not None:
+            wake()
+
+    # -- for
+
+    def __iter__(self) -> Iterator[R]:
+        return self
+
+    def __next__(self) -> R:
+        return self._next()[1]
+
+    def pairs(self) -> Iterator[tuple[Any, R]]:
+        """Yield (payload, result)."""
+        with contextlib.suppress(StopIteration):
+            while True:
+                yield self._next()
+
+    def _next(self) -> tuple[object, R]:
+        if not self._under_way:
+            self.close()
+            raise StopIteration
+        try:
+            reply = next(iter(self._under_way)) if self._ordered else self._done.get()
+            return self._settled(reply)
+        except BaseException:
+            self.close()
+            raise
+
+    def _settled(self, reply: Future[R]) -> tuple[object, R]:
+        """Return (payload, result), and ask for more."""
+        try:
+            result: Any = reply.result()
+        except Exception as error:
+            if self._errors == "raise":
+                raise
+            result = error
+            self._failed += 1
+        payload = self._under_way.pop(reply)  # type: ignore[call-overload]  # of ours
+        self._given += 1
+        self._fill()
+        self._tell_progress()
+        return payload, result
+
+    def _tell_progress(self) -> None:
+        now = time.monotonic()
+        if self._tell is None or (now < self._tell_at and self._under_way):
+            return
+        self._tell_at = now + TELL_EVERY
+        rate = self._given / max(1e-3, now - self._began)
+        self._tell(Progress(self._given, self._total if self._total is not None else self._asked, self._failed, rate))
+
+    # -- async for
+
+    def __aiter__(self) -> Results[R]:
+        return self
+
+    async def __anext__(self) -> R:
+        if not self._under_way:
+            self.close()
+            raise StopAsyncIteration
+        try:
+            return self._settled(await (self._first_done() if self._ordered else self._next_done()))[1]
+        except BaseException:
+            self.close()
+            raise
+
+    async def _first_done(self) -> Future[R]:
+        first = next(iter(self._under_way))
+        first.add_done_callback(self._completed)
+        while await self._next_done() is not first:
+            pass  # one that a cancelled wait has left
+        return first
+
+    async def _next_done(self) -> Future[R]:
+        loop = asyncio.get_running_loop()
+        while True:
+            came = asyncio.Event()
+            wake = self._wake = functools.partial(loop.call_soon_threadsafe, came.set)
+            try:
+                return self._done.get_nowait()
+            except queue.Empty:
+                await came.wait()
+            finally:
+                if self._wake is wake:  # else another wait has begun before this one's cancellation was seen
+                    self._wake = None
+
+    # -- the end
+
+    def close(self) -> None:
+        """Take no further payloads; answers that are under way are not waited for."""
+        self._payloads = iter(())
+        self._under_way.clear()
+        self._watch.close()
+
+    def __del__(self) -> None:
+        if "_watch" in self.__dict__:  # else it has not come that far
+            self.close()
+
+    def __enter__(self) -> Results[R]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
