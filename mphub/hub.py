@@ -562,7 +562,7 @@ class EventHub:
         return self._request(check_key(str_of(key)), payload, to, expires)
 
     def _request(self, key: str, payload: object, to: str | None, expires: float | None) -> Reply[Any]:
-        extra = extra_of(expires=expires)
+        extra = extra_of(expires=expires) if expires is not None else None
         context = self._surrounding()
         if context is not None:
             return context.request(key, payload, to, extra)

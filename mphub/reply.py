@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,10 +32,22 @@ R = TypeVar("R")
 
 
 class Firm(threading.Condition):
-    """A condition that an interrupt cannot leave locked: entering it and leaving it are one step each, in C."""
+    """A condition that an interrupt cannot leave locked: entering it and leaving it are one step each, in C.
+
+    What ``Condition`` copies from its lock into each instance is looked up when it is needed: hardly any reply needs it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._waiters: deque[object] = deque()
 
     __enter__ = property(lambda self: self._lock.__enter__)
     __exit__ = property(lambda self: self._lock.__exit__)
+    acquire = property(lambda self: self._lock.acquire)
+    release = property(lambda self: self._lock.release)
+    _release_save = property(lambda self: self._lock._release_save)
+    _acquire_restore = property(lambda self: self._lock._acquire_restore)
+    _is_owned = property(lambda self: self._lock._is_owned)
 
 
 class Reply(concurrent.futures.Future[R]):
@@ -49,8 +62,12 @@ class Reply(concurrent.futures.Future[R]):
     """What reads the stream that it comes by; who waits for it may do that too."""
 
     def __init__(self) -> None:
-        super().__init__()
+        # what Future.__init__ does, but for its condition: it would be made to be thrown away
         self._condition = Firm()
+        self._state = "PENDING"
+        self._result = self._exception = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Callable[[Any], object]] = []
 
     def result(self, timeout: float | None = None) -> R:
         return super().result(self._read(timeout))
@@ -84,8 +101,8 @@ class Reply(concurrent.futures.Future[R]):
 
     def _invoke_callbacks(self) -> None:
         """Call each once, also if this is called once more."""
-        while self._done_callbacks:  # type: ignore[attr-defined]
-            callback = self._done_callbacks.pop(0)  # type: ignore[attr-defined]
+        while self._done_callbacks:
+            callback = self._done_callbacks.pop(0)
             try:
                 callback(self)
             except Exception:
