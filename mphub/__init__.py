@@ -30,6 +30,7 @@ from mphub.errors import (
     WorkError,
 )
 from mphub.events import DeadLetter, Event, EventId, Notice, Progress, Topic
+from mphub.executor import HubExecutor
 from mphub.hub import EventHub
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics
 from mphub.options import Inbox, Limits, Restart, Retry, Snapshot, Stop
@@ -55,6 +56,7 @@ __all__ = [
     "HandlerTimeout",
     "HubClosed",
     "HubError",
+    "HubExecutor",
     "HubExists",
     "HubFailed",
     "HubQueue",

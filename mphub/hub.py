@@ -34,6 +34,8 @@ from mphub.errors import (
     StartFailed,
 )
 from mphub.events import DeadLetter, EventId, Notice, Topic, str_of
+from mphub.executor import HubExecutor
+from mphub.executor import run as run_call
 from mphub.observe.console import Console, farewell, log
 from mphub.observe.progress import Watcher, check_progress
 from mphub.observe.statistics import HubStatistics
@@ -550,6 +552,18 @@ class EventHub:
             except HubClosed:
                 time.sleep(RUN_AGAIN)
             self._up.wait()
+
+    def executor(
+        self, name: str = "pool", *, replicas: int | str = "auto", retry: Retry = Retry(max_attempts=1), restart: Restart = Restart(),  # noqa: B008
+        inbox: Inbox = Inbox(), limits: Limits = Limits(), env: Mapping[str, str] | None = None,  # noqa: B008
+    ) -> HubExecutor:  # fmt: skip
+        """Return a ``concurrent.futures.Executor`` whose calls run in the replicas of a subscriber, and which outlives their death.
+
+        Raises InvalidOption, NameTaken.
+        """
+        return HubExecutor(
+            self.subscribe(name, run_call, name=name, replicas=replicas, retry=retry, restart=restart, inbox=inbox, limits=limits, env=env)
+        )
 
     # -- asking
 

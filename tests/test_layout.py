@@ -19,7 +19,7 @@ LAYERS = (
     {"observe"},
     {"publisher", "subscriber", "reply", "results", "reader", "connection"},
     {"procs"},
-    {"hub", "engine", "registry", "subscribing", "subscription"},
+    {"hub", "engine", "executor", "registry", "subscribing", "subscription"},
     {"cli", "ext", "testing"},
     {"__init__", "__main__"},
 )
