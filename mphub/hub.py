@@ -56,7 +56,7 @@ from mphub.procs.exchange import ADMIT
 from mphub.publisher import HubQueue, Publisher, Transaction
 from mphub.registry import Registry
 from mphub.reply import Reply
-from mphub.results import Results
+from mphub.results import Results, together
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing, publish_inside
 from mphub.subscribing import SubscribeOptions, check_types, make_spec
 from mphub.subscription import Subscription
@@ -593,6 +593,18 @@ class EventHub:
         name = check_key(str_of(key))
         ask = functools.partial(self._request, name, to=to, expires=expires)
         return Results(ask, payloads, ordered=ordered, errors=errors, progress=progress, total=total)
+
+    def gather(self, key: str | Topic[T], payload: T, *, expires: float | None = None) -> Reply[dict[str, object]]:
+        """Ask every subscriber of a key that answers; the reply ends when all have, with what each said, or why it did not, by name.
+
+        Raises NoSubscriber.
+        """
+        name = check_key(str_of(key))
+        self._must_own("gather")
+        asked = [subscription.name for subscription in self._subscriptions.matching(name) if subscription._spec.answers]
+        if not asked:
+            self._subscriptions.answerer(name, None)  # which says why
+        return together({each: self._request(name, payload, each, expires) for each in asked})
 
     # -- looking
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future
@@ -171,3 +172,22 @@ class Results(Generic[R]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def together(replies: dict[str, Reply[Any]]) -> Reply[dict[str, object]]:
+    """Return a reply that ends when all of some others have, with their results, or exceptions in the place of those."""
+    whole: Reply[dict[str, object]] = Reply()
+    whole.id = next(iter(replies.values())).id
+    left = set(replies)
+    lock = threading.Lock()
+
+    def ended(name: str) -> None:
+        with lock:
+            left.discard(name)
+            complete = not left and not whole.done()
+        if complete and whole.set_running_or_notify_cancel():
+            whole.set_result({each: reply.exception() or reply.result() for each, reply in replies.items()})
+
+    for name, reply in replies.items():
+        reply.add_done_callback(lambda _, name=name: ended(name))  # type: ignore[misc]
+    return whole
