@@ -45,6 +45,7 @@ class Engine(Protocol):
     publish_plain: Callable[[str | Topic[Any], object], EventId] | None
 
     def subscribe(self, specs: Sequence[Spec]) -> None: ...
+    def replace(self, spec: Spec) -> None: ...
     def unsubscribe(self, name: str, *, drain: bool) -> None: ...
     def restart(self, name: str) -> None: ...
     def pause(self, name: str) -> None: ...
@@ -86,12 +87,18 @@ class ProcessEngine:
         for spec in specs:
             self.client.states.pop(spec.name, None)  # of one that had this name before
         self._replicas |= {spec.name: spec.replicas for spec in specs}
-        packed = [self._packed(share_cores(spec, sum(self._replicas.values()))) for spec in specs]
+        packed = [self._packed(spec) for spec in specs]
         # all before the first answer, on which a process starts: what its setup publishes is for the others too
         for answer in [self.client.ask("subscribe", spec=spec) for spec in packed]:
             self.client.wait(answer)
 
+    def replace(self, spec: Spec) -> None:
+        self.connection.flush()  # what was published before may go by other keys
+        self._replicas[spec.name] = spec.replicas
+        self.client.call("replace", spec=self._packed(spec))
+
     def _packed(self, spec: Spec) -> bytes:
+        spec = share_cores(spec, sum(self._replicas.values()))
         data, blob = self.blobs.spill(spec.handler)
         return msgspec.msgpack.encode(msgspec.structs.replace(spec, handler=data, handler_blob=blob))
 
@@ -221,6 +228,12 @@ class InlineEngine:
 
     def subscribe(self, specs: Sequence[Spec]) -> None:
         self.inline.subscribe(specs)
+
+    def replace(self, spec: Spec) -> None:
+        try:
+            self.inline.replace(spec)
+        finally:
+            self._tell()
 
     def unsubscribe(self, name: str, *, drain: bool) -> None:
         self.inline.unsubscribe(name)

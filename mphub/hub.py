@@ -391,12 +391,13 @@ class EventHub:
     ) -> Subscription[Any, Any]:
         """Let a handler have the events of some keys or patterns; on a running hub return when the router has it.
 
+        ``replace``: take the place of the subscriber of the same name, whose waiting events stay; the default in an interactive session.
         Raises InvalidKey, InvalidOption, PayloadError (the handler cannot be pickled), NameTaken.
         """
         refuse_unavailable(ordered=(ordered, False), concurrency=(concurrency, 1), process=(process, None))
         refuse_unavailable(batch=(batch, None), where=(where, None), rate=(rate, None), recycle=(recycle, None))
-        refuse_unavailable(replace=(replace, False), start=(start, "new"))
-        check_types(inbox=(inbox, Inbox), limits=(limits, Limits))
+        refuse_unavailable(start=(start, "new"))
+        check_types(inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool))
         if self._kind == "inline" and limits.timeout is not None:
             raise InvalidOption("limits(timeout): the inline engine runs handlers in your thread and cannot end one; use engine='process'")
         if self._kind == "inline" and env:
@@ -404,17 +405,19 @@ class EventHub:
         self._must_own_unless_importing("subscribe")
         inbox = msgspec.structs.replace(inbox, max_bytes=parse_share(inbox.max_bytes, self._capacity, "Inbox(max_bytes)"))
         with self._lock:
-            free = self._subscriptions.free_name(handler, name)
+            free = self._subscriptions.free_name(handler, name, replace=replace or is_interactive())
             spec = make_spec(
                 keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer
             )  # fmt: skip
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
+            before = self._subscriptions.get(spec.name)
             self._subscriptions[spec.name] = subscription
             if self._engine is not None:
                 try:
-                    self._engine.subscribe([spec])
+                    self._engine.subscribe([spec]) if before is None else self._engine.replace(spec)
                 except BaseException:
-                    del self._subscriptions[spec.name]
+                    self._subscriptions.pop(spec.name)
+                    self._subscriptions |= {} if before is None else {spec.name: before}
                     raise
         return subscription
 
@@ -762,3 +765,8 @@ def default_name() -> str:
     """Name a hub after its script and process."""
     script = shortened(os.path.basename(sys.argv[0] if sys.argv else ""))
     return f"{script if script not in ('', '-', '-c') else 'python'}-{getpid()}"
+
+
+def is_interactive() -> bool:
+    """Say whether somebody types: a cell or a function that is run again is meant to replace what it was."""
+    return hasattr(sys, "ps1") or "ipykernel" in sys.modules

@@ -14,14 +14,14 @@ from mphub.subscription import Subscription
 class Registry(dict[str, Subscription[Any, Any]]):
     """A hub's subscriptions by name, in the order made."""
 
-    def free_name(self, handler: Handler, name: str | None) -> str:
-        """Return the name asked for, or one after the handler; the same handler once more gets a number.
+    def free_name(self, handler: Handler, name: str | None, *, replace: bool = False) -> str:
+        """Return the name asked for, or one after the handler; the same handler once more gets a number, unless it is to be replaced.
 
         Raises InvalidOption, NameTaken.
         """
         if name is not None:
-            if name in self:
-                raise NameTaken(f"name: {name!r} is subscribed already: choose another, or unsubscribe that one first")
+            if name in self and not replace:
+                raise NameTaken(f"name: {name!r} is subscribed already: choose another, pass replace=True, or unsubscribe that one first")
             return name
         handlers.check_handler(handler)
         base = handlers.default_name(handler)
@@ -29,6 +29,8 @@ class Registry(dict[str, Subscription[Any, Any]]):
         if taken is None:
             return base
         nameless = isinstance(handler, str) or getattr(handler, "__name__", "<lambda>") == "<lambda>"
+        if replace and not nameless:
+            return base
         if taken._handler is not handler and not nameless:
             raise NameTaken(f"name: another handler is subscribed as {base!r}: pass name= to tell them apart")
         number = 2

@@ -650,7 +650,7 @@ def test_what_is_not_there_yet_is_refused_with_a_sentence(engine: str) -> None:
     hub = EventHub(engine=engine)
     subscribing: list[dict[str, Any]] = [
         {"ordered": True}, {"concurrency": 2}, {"process": "other"}, {"batch": 10}, {"where": len}, {"rate": 1},
-        {"recycle": 1}, {"replace": True}, {"start": "all"},
+        {"recycle": 1}, {"start": "all"},
     ]  # fmt: skip
     publishing: list[dict[str, Any]] = [{"priority": 1}]
     making: list[dict[str, Any]] = [

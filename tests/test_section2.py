@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import functools
 import inspect
@@ -164,17 +163,11 @@ def test_a_wrong_option_of_a_hub_is_named(options: dict[str, Any]) -> None:
 
 def test_options_of_later_versions_are_refused_by_name() -> None:
     hub = EventHub()
-    ask, publisher = hub.subscribe("k", len), hub.publisher()
+    publisher = hub.publisher()
     calls: dict[str, Callable[..., object]] = {
         "priority": lambda: publisher.publish("k", 1, priority=1),
-        "delay": lambda: asyncio.run(publisher.publish_async("k", 1, delay=1.0)),
-        "expires": lambda: publisher.request("k", 1, expires=1.0),
-        "expires: got 2": lambda: ask.request("", expires=2.0),
-        "expires: got 3": lambda: hub.map("k", [""], expires=3.0),
-        "ordered": lambda: ask.map([""], ordered=False),
-        "errors": lambda: ask.map([""], errors="return"),
-        "progress": lambda: ask.map([""], progress=True),
-        "total": lambda: ask.map([""], total=1),
+        "retention": lambda: EventHub(retention=1),  # type: ignore[arg-type]
+        "recycle": lambda: hub.subscribe("k", len, recycle=1),  # type: ignore[call-overload]
     }
     for name, call in calls.items():
         with pytest.raises(mphub.InvalidOption, match=f"{name}.*this version has only"):

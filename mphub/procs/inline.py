@@ -94,6 +94,11 @@ class Inline:
             self._begin(spec)
         self.work_off()
 
+    def replace(self, spec: Spec) -> None:
+        """Let another handler have what waits."""
+        self._close(spec.name)
+        self.subscribe([spec])
+
     def restart(self, name: str) -> None:
         """Set up again what could not be set up."""
         if name in self.errors:

@@ -469,13 +469,17 @@ class Supervisor:
         """Start a subscriber's processes anew; charged to nobody."""
         group = self.groups.get(name)  # None: unsubscribed meanwhile
         for ward in group.wards if group is not None else []:
-            ward.counter.reset()
-            if ward.child is None:
-                ward.start_at = time.monotonic()
-                self._set_state(ward, "BACKOFF")
-            elif ward.child.ending is None:
-                self._ask_to_stop(ward.child, "restart")
+            self._renew(ward)
         answer()
+
+    def _renew(self, ward: Ward) -> None:
+        """Let a replica begin anew, whatever it was in."""
+        ward.counter.reset()
+        if ward.child is None:
+            ward.start_at = time.monotonic()
+            self._set_state(ward, "BACKOFF")
+        elif ward.child.ending is None:
+            self._ask_to_stop(ward.child, "restart")
 
     def do_pause(self, answer: Reply, name: str) -> None:
         """Let a subscriber's processes finish what runs, and give them no more."""
@@ -495,14 +499,32 @@ class Supervisor:
     def do_scale(self, answer: Reply, name: str, replicas: int) -> None:
         """Give a subscriber more processes or fewer; those that go finish what runs."""
 
-        def committed(group: Group, spec: Spec) -> None:
-            new, going = group.scale(spec)
-            for ward in new:
-                self._start(ward)
-            for ward in going:
-                self._let_go(group, ward)
+        self._change(answer, name, self._rescale, replicas=replicas)
 
-        self._change(answer, name, committed, replicas=replicas)
+    def _rescale(self, group: Group, spec: Spec) -> None:
+        new, going = group.scale(spec)
+        for ward in new:
+            self._start(ward)
+        for ward in going:
+            self._let_go(group, ward)
+
+    def do_replace(self, answer: Reply, spec: bytes) -> None:
+        """Follow another subscription of the same name: its code has what waits."""
+        found = _spec.decode(spec)
+        group = self.groups.get(found.name)
+        if group is None:
+            self.do_subscribe(answer, spec)
+            return
+
+        def committed(_: object) -> None:
+            if self.groups.get(found.name) is group:
+                group.adopt(found)
+                self._rescale(group, found)
+                for ward in group.wards:
+                    self._renew(ward)
+            answer()
+
+        self.link.ask("subscribe", committed, spec=spec)
 
     def do_set_keys(self, answer: Reply, name: str, patterns: list[str]) -> None:
         self._change(answer, name, lambda group, spec: setattr(group, "spec", spec), patterns=patterns)

@@ -210,6 +210,12 @@ class Group:
         self.wards = sorted([*self.wards, *new], key=lambda ward: ward.replica)
         return new, [ward for ward in self.wards if ward.replica >= spec.replicas]
 
+    def adopt(self, spec: Spec) -> None:
+        """Follow another subscription of the same name."""
+        self._complete = False
+        for ward in self.wards:
+            ward.spec, ward.counter = spec, RestartCounter(spec.restart)
+
     def note_state(self, ward: Ward, state: str) -> None:
         ward.state = state
         self._complete |= all(each.state == "RUNNING" for each in self.wards)

@@ -44,7 +44,7 @@ class Subscribing(Asked, frozen=True):
 
 
 CALLS: Final[dict[str, type[Asked]]] = {
-    "subscribe": Subscribing, "unsubscribe": Named, "stop_routing": Named, "restart": Named,
+    "subscribe": Subscribing, "replace": Subscribing, "unsubscribe": Named, "stop_routing": Named, "restart": Named,
     "pause": Named, "resume": Named, "scale": Scaling, "set_keys": Keying,
     "states": Asked, "statistics": Asked, "drain": Asked, "dead_letters": Page, "redrive": Chosen, "purge": Chosen,
     "stop_subscribers": Asked, "close": Asked,
