@@ -87,6 +87,11 @@ class Mailbox:
         return self.status in STUCK
 
     @property
+    def is_at_rest(self) -> bool:
+        """Say whether its processes are to start nothing: it is paused, or all of them are to end."""
+        return self.status in ("PAUSED", "STOPPING")
+
+    @property
     def given_up(self) -> bool:
         """Say whether nobody will start it again unasked."""
         return self.status in ("FATAL", "STOPPED")

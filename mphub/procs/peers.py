@@ -63,7 +63,7 @@ class Seat(Consumer):
 
     def may_take(self) -> bool:
         """Say whether more can be handed out to it."""
-        return self.ready and not self.stopping and not self.fenced and self.box.status != "PAUSED" and self.told >= self.awaited
+        return self.ready and not self.stopping and not self.fenced and not self.box.is_at_rest and self.told >= self.awaited
 
 
 def body_of(held: Held) -> bytes:

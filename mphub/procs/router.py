@@ -470,7 +470,7 @@ class Router:
 
     def _recall(self, seat: Seat) -> None:
         """Want back what has not started from one that is to stop or paused: a handler that has become slow may hold hours of work."""
-        seat.board.set_flag(RECALLED, seat.stopping or seat.box.status == "PAUSED")
+        seat.board.set_flag(RECALLED, seat.stopping or seat.box.is_at_rest)
 
     def do_started(self, name: str, incarnation: int, replica: int, board: str, live: bool) -> None:
         """Seat an incarnation; a live one (this router is a successor) has yet to say what it holds."""
