@@ -4,9 +4,10 @@
     python scripts/soak.py --seconds 600 --seed 7 --rates router=0.5,supervisor=0.1
 
 Publishers (forked processes) publish numbered events under ``in``. ``pass`` makes two of each under ``out``, where ``log`` writes them down
-and ``count`` counts them into a snapshot. Nobody is told of the kills: SIGKILL for subscribers, publishers, router and supervisor, SIGSTOP
-for subscribers, each at its own rate. What publishers attempted and what the hub accepted is written down too, each note by one write() to
-a file opened for appending, so that no death tears one; at the end the notes must agree, and so must the hub's books.
+and ``count`` counts them into a snapshot. ``share``, whose replicas grow more and fewer, writes down what is under ``in``. Nobody is told
+of the kills: SIGKILL for subscribers, publishers, router and supervisor, SIGSTOP for subscribers, each at its own rate. What publishers
+attempted and what the hub accepted is written down too, each note by one write() to a file opened for appending, so that no death tears one;
+at the end the notes must agree, and so must the hub's books.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ import psutil
 
 from mphub import EventHub, HubStatistics, MphubError, Restart, Retry, Snapshot, Subscriber
 
-RATES = {"subscriber": 10.0, "publisher": 2.0, "router": 0.5, "supervisor": 0.1, "stop": 0.6}
+RATES = {"subscriber": 10.0, "publisher": 2.0, "router": 0.5, "supervisor": 0.1, "stop": 0.6, "scale": 0.5}
 """Faults a second, on average. The hub gives up after ten deaths of a router, or of a supervisor, within ten seconds."""
 LEAST = {"router": 1.2, "supervisor": 1.2}
 """Seconds between two faults of a kind, at least."""
 PATIENT, AT_ONCE = Retry(max_attempts=1_000_000), Restart(max_restarts=1_000_000, delay=0.0)
 BATCH = 100
+MOST_REPLICAS = 4
 STOPPED = (0.05, 0.4)
 """Seconds that a stopped process stays so."""
 FORK = multiprocessing.get_context("fork")
@@ -138,6 +140,7 @@ def make_hub(folder: Path) -> EventHub:
     hub.subscribe("in", make_two, name="pass", to="out", retry=PATIENT, restart=AT_ONCE)
     hub.subscribe("out", write_down, name="log", retry=PATIENT, restart=AT_ONCE)
     hub.subscribe("out", Count, name="count", snapshot=Snapshot(every=200, period=0.1), retry=PATIENT, restart=AT_ONCE)
+    hub.subscribe("in", lambda event: note(folder / "shared", *event), name="share", replicas=2, retry=PATIENT, restart=AT_ONCE)
     hub.subscribe("beat", lambda sent: note(folder / "beats", time.monotonic_ns(), sent), name="beat", retry=PATIENT)
     return hub
 
@@ -232,6 +235,9 @@ class Tormentor:
         pid = self.signal_one(signal.SIGSTOP)
         if pid is not None:
             threading.Timer(self.dice.uniform(*STOPPED), send, (pid, signal.SIGCONT)).start()
+
+    def hit_scale(self) -> None:
+        self.hub.subscription("share").scale(self.dice.randint(1, MOST_REPLICAS))
 
     def signal_one(self, number: int) -> int | None:
         found = self.hub.statistics().subscribers
@@ -333,16 +339,24 @@ def soak(folder: Path, seconds: float, rates: dict[str, float], publishers: int,
         hub.drain(300)
         counted = hub.request("out", None, to="count").result(30)
         found, after = hub.statistics(), Size.of(hub.statistics().pids)
-    delivered = ((publisher, number) for publisher, number in notes(folder / "delivered"))
-    findings = check(ranges(folder / "attempted", 2), ranges(folder / "accepted", 2), delivered)
+    findings = check(ranges(folder / "attempted", 2), ranges(folder / "accepted", 2), events_in(folder / "delivered"))
+    shared = check(ranges(folder / "attempted"), ranges(folder / "accepted"), events_in(folder / "shared"))
     gap = longest_gap([at for at, _ in notes(folder / "beats")])
     entered, made = found.subscribers["count"].accepted - 1, 2 * found.subscribers["pass"].handled  # less the question
     wrong = [f"{len(events)} events {what}" for what, events in judged(findings) if events] + books_add_up(found)
     if not counted == entered == found.subscribers["log"].accepted == findings.delivered == made:
         wrong.append(f"counted {counted}, accepted {entered}, noted {findings.delivered}, made {made}")
-    if findings.doubled > faults.done["subscriber"] + faults.done["supervisor"]:
-        wrong.append(f"{findings.doubled} deliveries again, more than kills")
+    wrong += [f"{len(events)} events {what} by replicas" for what, events in judged(shared)[:2] if events]
+    if not found.subscribers["share"].handled == found.subscribers["pass"].handled == shared.delivered:
+        wrong.append(f"replicas handled {found.subscribers['share'].handled} and noted {shared.delivered}")
+    kills = faults.done["subscriber"] + faults.done["supervisor"] * MOST_REPLICAS
+    if max(findings.doubled, shared.doubled) > kills:
+        wrong.append(f"{findings.doubled} deliveries again, {shared.doubled} by replicas, more than kills")
     return table(faults, findings, gap, (counted, entered), (before, after), seconds), wrong
+
+
+def events_in(path: Path) -> Iterator[Event]:
+    return ((publisher, number) for publisher, number in notes(path))
 
 
 def judged(findings: Findings) -> list[tuple[str, list[Event]]]:
