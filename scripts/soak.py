@@ -6,8 +6,8 @@
 Publishers (forked processes) publish numbered events under ``in``. ``pass`` makes two of each under ``out``, where ``log`` writes them down
 and ``count`` counts them into a snapshot. ``share``, whose replicas grow more and fewer, writes down what is under ``in``. Nobody is told
 of the kills: SIGKILL for subscribers, publishers, router and supervisor, SIGSTOP for subscribers, each at its own rate. What publishers
-attempted and what the hub accepted is written down too, each note by one write() to a file opened for appending, so that no death tears one;
-at the end the notes must agree, and so must the hub's books.
+attempted and what the hub accepted is written down too, each note by one write() to a file opened for appending, so that no death tears
+one; at the end the notes must agree, and so must the hub's books.
 """
 
 from __future__ import annotations
