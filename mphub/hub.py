@@ -58,7 +58,7 @@ from mphub.registry import Registry
 from mphub.reply import Reply
 from mphub.results import Results, together
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing, publish_inside
-from mphub.subscribing import SubscribeOptions, check_types, make_spec
+from mphub.subscribing import SubscribeOptions, Where, check_types, make_spec
 from mphub.subscription import Subscription
 from mphub.wire import codec as wire_codec
 from mphub.wire.codec import shortened
@@ -382,7 +382,7 @@ class EventHub:
         concurrency: int = 1,
         process: str | None = None,
         batch: None = None,
-        where: None = None,
+        where: Where = None,
         rate: None = None,
         recycle: None = None,
         env: Mapping[str, str] | None = None,
@@ -395,7 +395,7 @@ class EventHub:
         Raises InvalidKey, InvalidOption, PayloadError (the handler cannot be pickled), NameTaken.
         """
         refuse_unavailable(ordered=(ordered, False), concurrency=(concurrency, 1), process=(process, None))
-        refuse_unavailable(batch=(batch, None), where=(where, None), rate=(rate, None), recycle=(recycle, None))
+        refuse_unavailable(batch=(batch, None), rate=(rate, None), recycle=(recycle, None))
         refuse_unavailable(start=(start, "new"))
         check_types(inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool))
         if self._kind == "inline" and limits.timeout is not None:
@@ -407,7 +407,7 @@ class EventHub:
         with self._lock:
             free = self._subscriptions.free_name(handler, name, replace=replace or is_interactive())
             spec = make_spec(
-                keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer
+                keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where,
             )  # fmt: skip
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             before = self._subscriptions.get(spec.name)

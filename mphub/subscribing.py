@@ -44,7 +44,7 @@ class SubscribeOptions(TypedDict, total=False):
     concurrency: int
     process: str | None
     batch: None
-    where: None
+    where: Where
     rate: None
     recycle: None
     env: Mapping[str, str] | None
@@ -52,22 +52,25 @@ class SubscribeOptions(TypedDict, total=False):
     start: str
 
 
+Where = Callable[[Any], object] | Mapping[str, object] | None
 Handler = Callable[..., object] | type[Subscriber[Any, Any]] | Subscriber[Any, Any] | str
 
 
 def make_spec(
     keys: str | Topic[Any] | Sequence[str | Topic[Any]], handler: Handler, name: str, to: str | Topic[Any] | None,
     retry: Retry, restart: Restart, inbox: Inbox, limits: Limits, snapshot: Snapshot | None, replicas: int | str,
-    env: Mapping[str, str] | None, initializer: bytes,
+    env: Mapping[str, str] | None, initializer: bytes, where: Where,
 ) -> Spec:  # fmt: skip
     """Check a subscription and pickle its handler.
 
     Raises InvalidKey, InvalidOption, PayloadError.
     """
     handlers.check_handler(handler)
+    if where is not None:
+        handlers.check_where(where)
     check_types(retry=(retry, Retry), restart=(restart, Restart), inbox=(inbox, Inbox), limits=(limits, Limits))
     target = None if to is None else check_key(str_of(to))
-    work = handlers.Work(handler, retry.on, retry.delay, retry.factor, retry.max_delay, target)
+    work = handlers.Work(handler, retry.on, retry.delay, retry.factor, retry.max_delay, target, where)
     cls = handlers.subscriber_class(handler)
     return Spec(
         name=check_name(name), patterns=patterns_of(keys), handler=codec.encode(work, f"the handler of {name!r}"),

@@ -10,8 +10,8 @@ from mphub.core.credit import Credit
 from mphub.core.spans import Spans, contains, indexes, length, spans_of, subtract
 from mphub.core.window import Piece, Portion, Window
 
-WAITING, RUNNING, HANDLED, DONE, FAILED = range(5)
-"""State bytes: not started; runs; returned, outputs not committed; returned, nothing to commit; raised, report on its way."""
+WAITING, RUNNING, HANDLED, DONE, FAILED, FILTERED = range(6)
+"""State bytes: not started; runs; returned, outputs not committed; returned, nothing to commit; raised, report on its way; not wanted."""
 
 Range = tuple[int, int, int, int]
 """What was handed out together: (first delivery number, count, row, index of the first event)."""
@@ -45,6 +45,7 @@ class Verdict:
     """What became of the events that a process held."""
 
     finished: list[tuple[Portion, Spans]] = field(default_factory=list)
+    filtered: list[tuple[Portion, Spans]] = field(default_factory=list)
     dead: list[tuple[Portion, int, int]] = field(default_factory=list)
     """(portion, index, attempts made)."""
     again: list[Again] = field(default_factory=list)
@@ -224,11 +225,13 @@ class Delivery:
 
     def _judge(self, portion: Portion, seen: list[tuple[int, int, bool]], verdict: Verdict) -> Spans:
         """Sort (index, state, charged) into the verdict; return what goes on waiting."""
-        finished, rest = [], []
+        finished: list[int] = []
+        filtered: list[int] = []
+        rest: list[int] = []
         for index, state, charged in seen:
             verdict.ran |= state == RUNNING
-            if state == DONE:
-                finished.append(index)
+            if state in (DONE, FILTERED):
+                (finished if state == DONE else filtered).append(index)
                 continue
             if charged and (state == RUNNING or (state != WAITING and index in portion.attempts)):
                 if not self._charge(portion, index, verdict):
@@ -239,6 +242,8 @@ class Delivery:
             rest.append(index)
         if finished:
             verdict.finished.append((portion, spans_of(finished)))
+        if filtered:
+            verdict.filtered.append((portion, spans_of(filtered)))
         return spans_of(rest)
 
     def _charge(self, portion: Portion, index: int, verdict: Verdict) -> bool:

@@ -427,8 +427,9 @@ class Exchange:
         self.frames[incarnation] = (report.frame, report.upto)
         self._dirty_frames.add(incarnation)
         failed = {f.number: found for f in report.failures if (found := delivery.find(f.number))}
+        filtered = {number: found for number in report.filtered if (found := delivery.find(number))}
         # sent again to a new router it is of a generation before its hello, which has given all back already
-        finished = delivery.report(report.upto, failed, returned=report.returned and report.generation >= delivery.generation)
+        finished = delivery.report(report.upto, failed | filtered, returned=report.returned and report.generation >= delivery.generation)
         for output in report.outputs:
             self.take_in(output.batch, encode(output.batch), output.body, output.batch.epoch or self.epoch)
         for reply in report.replies:
@@ -438,6 +439,8 @@ class Exchange:
         for portion, spans in finished:
             box.counters.handled += length(spans)
             self.settle(box, portion, spans)
+        for portion, index in filtered.values():
+            self._drop(box, portion, [(index, index + 1)], "filtered")
         for failure in report.failures:
             if failure.number in failed:
                 self._fail(box, *failed[failure.number], failure, now)
@@ -445,7 +448,7 @@ class Exchange:
         if report.ran:
             delivery.credit.measured(report.ran, report.seconds)
             box.samples.append(report.seconds / report.ran)
-        return bool(finished or failed)
+        return bool(finished or failed or filtered)
 
     def _fail(self, box: Mailbox, portion: Portion, index: int, failure: Failure, now: float) -> None:
         attempt = portion.attempts.get(index, 1)
@@ -505,6 +508,8 @@ class Exchange:
         for portion, spans in verdict.finished:
             box.counters.handled += length(spans)
             self.settle(box, portion, spans)
+        for portion, spans in verdict.filtered:
+            self._drop(box, portion, spans, "filtered")
         for portion, index, attempts in verdict.dead:
             self.letters.bury(box, portion, index, cause.reason, attempts, cause=cause)
         for portion in verdict.changed:

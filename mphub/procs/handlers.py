@@ -7,7 +7,7 @@ import importlib
 import inspect
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class Work:
     factor: float
     max_delay: float
     to: str | None
+    where: Callable[[Any], object] | Mapping[str, object] | None = None
 
 
 @dataclass
@@ -37,6 +38,31 @@ class Runner:
     subscriber: Subscriber[Any, Any] | None = None
     close: Callable[[], None] = lambda: None
     is_async: bool = False
+    wants: Callable[[Any], object] | None = None
+    """Whether an event is for the handler at all."""
+
+
+def check_where(where: object) -> None:
+    """Refuse what is no filter.
+
+    Raises InvalidOption.
+    """
+    if not callable(where) and not (isinstance(where, Mapping) and where and all(isinstance(name, str) for name in where)):
+        raise InvalidOption(f"where: got {where!r:.60}; expected a function of the payload, or a mapping of items or attributes to values")
+
+
+def predicate(where: Callable[[Any], object] | Mapping[str, object] | None) -> Callable[[Any], object] | None:
+    """Return a function that says whether a payload is wanted; a mapping compares items of a mapping, attributes of anything else."""
+    if where is None or callable(where):
+        return where
+    missing = object()
+
+    def has_all(payload: object) -> bool:
+        if isinstance(payload, Mapping):
+            return all(payload.get(name, missing) == value for name, value in where.items())
+        return all(getattr(payload, name, missing) == value for name, value in where.items())
+
+    return has_all
 
 
 def check_handler(handler: object) -> None:
@@ -121,6 +147,12 @@ def default_name(handler: object) -> str:
 
 def load(work: Work, name: str, replica: int = 0) -> Runner:
     """Build what runs; in the subscriber's process."""
+    runner = _runner(work, name, replica)
+    runner.wants = predicate(work.where)
+    return runner
+
+
+def _runner(work: Work, name: str, replica: int) -> Runner:
     handler = _import(work.handler) if isinstance(work.handler, str) else work.handler
     made = handler
     if isinstance(handler, type) or (isinstance(handler, functools.partial) and isinstance(handler.func, type)):

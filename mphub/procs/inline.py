@@ -285,7 +285,7 @@ class Inline:
         row, index = held.portion.row, held.index
         self.name, self.thread = post.box.name, threading.get_ident()
         attempt = held.portion.attempts.get(index, 1)
-        failures, replies = [], []
+        failures, replies, filtered = [], [], []
         interrupt: BaseException | None = None
         before, holder.context = holder.context, self
         started = time.perf_counter()
@@ -293,8 +293,11 @@ class Inline:
             data = split(row.body)[index]
             payload = codec.loads(data)
             self._current = (row, index, attempt, payload)
-            result = self._call(post.runner, payload)
-            replies = self._keep_result(post, row, index, result)
+            if post.runner.wants is not None and not post.runner.wants(payload):
+                self.outputs.fresh.clear()
+                filtered = [held.number]
+            else:
+                replies = self._keep_result(post, row, index, self._call(post.runner, payload))
         except BaseException as error:
             self.outputs.fresh.clear()
             failures = [self._failure(post, held.number, attempt, error, row)]
@@ -303,7 +306,7 @@ class Inline:
             holder.context, self._current = before, None
         self.outputs.keep(row.epoch)
         post.frame += 1
-        report = Report(post.frame, held.number + held.count, 0, 0.0, failures, self.outputs.take(), replies)
+        report = Report(post.frame, held.number + held.count, 0, 0.0, failures, self.outputs.take(), replies, filtered=filtered)
         seconds = time.perf_counter() - started
         with self.exchange.turn():
             self.exchange.report(post, report, time.time())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING, Held
+from mphub.core.delivery import DONE, FAILED, FILTERED, HANDLED, RUNNING, Held
 from mphub.procs.consumer import Consumer
 from mphub.procs.mailbox import Mailbox
 from mphub.store.board import Board
@@ -96,7 +96,7 @@ def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:
 def running_of(seat: Seat) -> int:
     """Count what a process has started and not yet had committed."""
     states = b"".join(seat.board.states(held.number, held.count) for held in seat.delivery.held)
-    return sum(states.count(state) for state in (RUNNING, HANDLED, DONE, FAILED))
+    return sum(states.count(state) for state in (RUNNING, HANDLED, DONE, FAILED, FILTERED))
 
 
 def unpack_ids(ids: list[bytes] | None) -> set[int] | None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from mphub import failpoints
 from mphub.connection import Address, connection_to
-from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING
+from mphub.core.delivery import DONE, FAILED, FILTERED, HANDLED, RUNNING
 from mphub.core.keys import matches
 from mphub.core.rows import event_of
 from mphub.errors import HubError, Reject, RetryLater
@@ -68,6 +68,7 @@ class Worker:
         """(frame, upto, bytes)."""
         self.failures: list[Failure] = []
         self.replies: list[ReplyRow] = []
+        self.filtered: list[int] = []
         self.frame = 0
         self.claims: deque[tuple[int, int]] = deque()
         """(first delivery number, count) of what it has run and does not know to be committed."""
@@ -116,7 +117,7 @@ class Worker:
             if state:
                 subscriber.restore(codec.load_any(state))
         self.last_snapshot = time.monotonic()
-        self.plain = self.work.to is None and self.spec.snapshot is None
+        self.plain = self.work.to is None and self.spec.snapshot is None and self.runner.wants is None
         self.is_ready = True
         self.board.set_flag(READY)
         self._commit_outputs()
@@ -283,9 +284,9 @@ class Worker:
         return self._give_back(slots.index(slot))
 
     def _run_fully(self, slots: Sequence[int], at: int) -> int | None:
-        """Run events whose results go somewhere, or whose state is kept by snapshots."""
+        """Run events that a filter may not want, whose results go somewhere, or whose state is kept by snapshots."""
         states, call, loads, fresh = self.board.map, self.runner.call, self.loads, self.outputs.fresh
-        saves = self.spec.snapshot is not None
+        saves, wants = self.spec.snapshot is not None, self.runner.wants
         slot = slots[at]
         try:
             for data, slot in zip(self.events[at:], slots[at:], strict=True):
@@ -293,7 +294,12 @@ class Worker:
                     break
                 states[slot] = RUNNING
                 place = slots.index(slot)
-                if self._keep_result(self.offsets[place], call(loads(data))) or fresh or saves:
+                payload = loads(data)
+                if wants is not None and not wants(payload):
+                    states[slot] = FILTERED
+                    self._filter_out(place)
+                    continue
+                if self._keep_result(self.offsets[place], call(payload)) or fresh or saves:
                     states[slot] = HANDLED
                     self._after_output(place)
                 else:
@@ -303,6 +309,13 @@ class Worker:
         except BaseException as error:
             return self._raised(slots.index(slot), error)
         return self._give_back(slots.index(slot))
+
+    def _filter_out(self, place: int) -> None:
+        """Note an event that is not wanted, for the next report."""
+        assert self.deliver is not None
+        self.outputs.fresh.clear()
+        self.filtered.append(self.deliver.number + self.offsets[place])
+        self.unsaved += self.spec.snapshot is not None
 
     def _keep_result(self, offset: int, result: object) -> bool:
         """Publish a result under ``to`` and answer a request; say whether it did the latter."""
@@ -394,10 +407,10 @@ class Worker:
         self.frame += 1
         report = Report(
             self.frame, self.upto, self.ran, self.seconds, self.failures, self.outputs.take(), self.replies,
-            snapshot, blob, returned, self.generation,
+            snapshot, blob, returned, self.generation, self.filtered,
         )  # fmt: skip
         data = frames.frame(frames.REPORT, encode(report))
-        self.failures, self.replies, self.ran, self.seconds = [], [], 0, 0.0
+        self.failures, self.replies, self.filtered, self.ran, self.seconds = [], [], [], 0, 0.0
         self.last_report = time.monotonic()
         self.unconfirmed.append((self.frame, self.upto, data))
         self._write(data)

@@ -301,6 +301,8 @@ class Report(Wire, frozen=True):
     returned: bool = False
     """What it held from ``upto`` on was given back unstarted: a retry without delay goes first."""
     generation: int = 0
+    filtered: list[int] = []
+    """Delivery numbers of events that ``where`` does not want."""
 
 
 class Call(Wire, frozen=True):

@@ -1,0 +1,154 @@
+"""``where``: what a subscriber does not want is dropped in its process, and counted."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import mphub
+from mphub import Dropped, EventHub, InvalidOption, Retry, Snapshot, Subscriber
+from tests.helpers import eventually
+from tests.procs.test_hub import lines, note
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(params=["process", "inline"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@dataclass
+class Order:
+    country: str
+    total: int
+
+
+def test_a_function_says_what_is_wanted(engine: str, tmp_path: Path) -> None:
+    hub = EventHub(engine=engine)
+    sub = hub.subscribe("k", lambda n: note(tmp_path / "log", str(n)), where=lambda n: n % 3 == 0)
+    with hub:
+        hub.publish_batch("k", range(30))
+        statistics = hub.drain().subscribers[sub.name]
+    assert lines(tmp_path / "log") == [str(n) for n in range(0, 30, 3)]
+    assert (statistics.accepted, statistics.handled, dict(statistics.dropped)) == (30, 10, {"filtered": 20})
+
+
+@pytest.mark.parametrize(
+    ("payload", "wanted"),
+    [
+        ({"country": "de", "total": 3}, True),
+        ({"country": "fr", "total": 3}, False),
+        ({"total": 3}, False),
+        (Order("de", 3), True),
+        (Order("de", 4), False),
+        ("text", False),
+    ],
+)
+def test_a_mapping_compares_items_or_attributes(engine: str, payload: object, wanted: bool) -> None:
+    hub = EventHub(engine=engine)
+    sub = hub.subscribe("k", lambda _: None, where={"country": "de", "total": 3})
+    with hub:
+        hub.publish("k", payload)
+        assert hub.drain().subscribers[sub.name].handled == wanted
+
+
+def test_a_filter_can_look_at_the_event(engine: str) -> None:
+    hub = EventHub(engine=engine)
+    sub = hub.subscribe("k.*", lambda _: None, where=lambda _: mphub.current_event().key == "k.yes")
+    with hub:
+        for key in ("k.yes", "k.no", "k.yes"):
+            hub.publish(key, 1)
+        assert hub.drain().subscribers[sub.name].handled == 2
+
+
+def test_a_request_that_is_not_wanted_is_dropped(engine: str) -> None:
+    hub = EventHub(engine=engine)
+    hub.subscribe("k", lambda n: n, where=lambda n: n > 1)
+    with hub:
+        assert hub.request("k", 2).result(10) == 2
+        with pytest.raises(Dropped, match="filtered"):
+            hub.request("k", 1).result(10)
+
+
+def test_a_filter_that_raises_is_a_failure_of_the_event(engine: str) -> None:
+    hub = EventHub(engine=engine, check=False, propagate=None if engine == "process" else False)
+    sub = hub.subscribe("k", lambda n: n, where=lambda n: 1 / n)
+    with hub:
+        hub.publish("k", 0)
+        hub.publish("k", 1)
+        hub.drain()
+        letter = sub.dead_letters()[0]
+    assert isinstance(letter.error, ZeroDivisionError)
+    assert sub.statistics().handled == 1
+
+
+def test_a_filter_publishes_with_what_it_lets_pass_only(engine: str, tmp_path: Path) -> None:
+    def wants(n: int) -> bool:
+        mphub.publish("out", n)
+        return n % 2 == 0
+
+    hub = EventHub(engine=engine)
+    hub.subscribe("in", lambda _: None, where=wants, name="in")
+    hub.subscribe("out", lambda n: note(tmp_path / "log", str(n)), name="out")
+    with hub:
+        hub.publish_batch("in", range(4))
+    assert lines(tmp_path / "log") == ["0", "2"]
+
+
+def test_with_snapshots_what_is_not_wanted_ends_too() -> None:
+    class Count(Subscriber[int, None]):
+        count = 0
+
+        def handle(self, payload: int) -> None:
+            self.count += 1
+
+        def snapshot(self) -> int:
+            return self.count
+
+    hub = EventHub()
+    sub = hub.subscribe("k", Count, where=lambda n: n < 0, snapshot=Snapshot(every=1000, period=100))
+    with hub:
+        hub.publish_batch("k", range(50))
+        assert hub.drain(20).subscribers[sub.name].dropped == {"filtered": 50}
+
+
+@pytest.mark.faults
+def test_what_was_filtered_counts_as_that_after_a_death(tmp_path: Path) -> None:
+    def handle(n: int) -> None:
+        note(tmp_path / "log", str(n))
+        if n == 1000 and mphub.current_event().attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    hub = EventHub()
+    sub = hub.subscribe("k", handle, where=lambda n: n % 10 == 0, retry=Retry(max_attempts=3))
+    with hub:
+        hub.publish_batch("k", range(3000))
+        statistics = hub.drain(20).subscribers[sub.name]
+    assert (statistics.accepted, statistics.handled, dict(statistics.dropped)) == (3000, 300, {"filtered": 2700})
+    assert lines(tmp_path / "log") == [*map(str, range(0, 1001, 10)), *map(str, range(1000, 3000, 10))]
+
+
+@pytest.mark.faults
+def test_a_router_that_dies_changes_no_count() -> None:
+    hub = EventHub()
+    sub = hub.subscribe("k", lambda _: None, where=lambda n: n % 2)
+    with hub:
+        hub.publish_batch("k", range(20_000))
+        os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+        hub.publish_batch("k", range(20_000))
+        assert eventually(lambda: sub.statistics().handled > 0)
+        statistics = hub.drain(30).subscribers[sub.name]
+    assert (statistics.handled, dict(statistics.dropped)) == (20_000, {"filtered": 20_000})
+
+
+@pytest.mark.parametrize("where", [3, "key", [], {}, {1: 2}])
+def test_a_filter_is_a_function_or_a_mapping(where: object) -> None:
+    assert not isinstance(where, Mapping) or not all(isinstance(name, str) for name in where) or not where
+    with pytest.raises(InvalidOption, match="where: got"):
+        EventHub().subscribe("k", print, where=where)  # type: ignore[call-overload]
