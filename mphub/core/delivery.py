@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mphub.core.credit import Credit
 from mphub.core.spans import Spans, contains, indexes, length, spans_of, subtract
-from mphub.core.window import Piece, Portion, Window
+from mphub.core.window import Piece, Portion, Window, expiring
 
 WAITING, RUNNING, HANDLED, DONE, FAILED, FILTERED = range(6)
 """State bytes: not started; runs; returned, outputs not committed; returned, nothing to commit; raised, report on its way; not wanted."""
@@ -237,6 +237,9 @@ class Delivery:
                 if not self._charge(portion, index, verdict):
                     continue
             elif state != WAITING:
+                if index in expiring(portion):  # it was in time, and is so for ever
+                    portion.attempts.setdefault(index, 1)
+                    verdict.changed.append(portion)
                 verdict.again.append(Again(portion, index, portion.attempts.get(index, 1)))
                 verdict.last = (portion, index) if charged else verdict.last
             rest.append(index)

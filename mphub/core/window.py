@@ -10,9 +10,6 @@ from math import inf
 from mphub.core.rows import Row
 from mphub.core.spans import Spans, contains, first_of, indexes, length, spans_of, subtract
 
-GRAIN = 0.01
-"""Seconds between two looks at what is too late: each goes through the whole window."""
-
 
 @dataclass(slots=True, eq=False)
 class Portion:
@@ -80,7 +77,6 @@ class Window:
                 piece.spans = subtract(piece.spans, late)
             if piece.spans:
                 self.put(piece, self.waiting.append)
-        self.expires = max(self.expires, now + GRAIN)
         return found
 
     def drop_waiting(self) -> list[Piece]:
@@ -127,10 +123,15 @@ class Window:
         self.loaded_bytes -= count * piece.portion.size
 
 
+def expiring(portion: Portion) -> dict[int, float]:
+    """Return when events are too late to start, of those that have such a time."""
+    extras = portion.row.batch.extras
+    return {index: extra.expires for index, extra in extras.items() if extra.expires} if extras else {}
+
+
 def deadlines(piece: Piece) -> Iterator[tuple[int, float]]:
     """Yield (index, when it is too late to start) of events that have such a time; one that has started once is in time for ever."""
-    extras = piece.portion.row.batch.extras or {}
-    for index in indexes(piece.spans) if extras else ():
-        extra = extras.get(index)
-        if extra is not None and extra.expires and index not in piece.portion.attempts:
-            yield index, extra.expires
+    times = expiring(piece.portion)
+    for index in indexes(piece.spans) if times else ():
+        if index in times and index not in piece.portion.attempts:
+            yield index, times[index]

@@ -35,6 +35,8 @@ from mphub.wire.specs import Spec
 ADMIT = 0.75
 """Share of max_bytes for events; the rest is for outputs, acks and dead letters."""
 MAX_UNMATCHED_KEYS = 100
+GRAIN, REST = 0.01, 50
+"""Seconds between two looks at what is too late to start: each goes through a whole window; and how often the time that one took."""
 SETTLED = 1 << 62
 """In place of a frame number: the death of that incarnation is settled."""
 _stored, _single, _progress = decoder(Stored), decoder(Single), decoder(Progress)
@@ -76,6 +78,8 @@ class Exchange:
         self.frames: dict[int, tuple[int, int]] = {}
         """incarnation -> (last frame committed, delivery number up to which it goes)."""
         self.news: list[News] = []
+        self.informed = True
+        """It is known which processes live and may hold what looks as if it waited."""
         self.told = False
         """The failure in the report at hand is raised to its caller (inline)."""
         self.letters, self.room = Letters(self), Room(self)
@@ -142,9 +146,18 @@ class Exchange:
 
     def _write_progress(self, box: Mailbox, portions: dict[int, Portion]) -> None:
         for number, portion in portions.items():
-            if portion.todo or number in box.closed:  # else the cursor has passed it
+            if portion.row.single:
+                self._write_attempts(box, portion)
+            elif portion.todo or number in box.closed:  # else the cursor has passed it
                 box.noted.add(number)
                 self.journal.put("progress", progress_key(box, number), encode(Progress(portion.todo, portion.attempts)))
+
+    def _write_attempts(self, box: Mailbox, portion: Portion) -> None:
+        """Keep how often an event in a row of its own has been tried."""
+        row = portion.row
+        if portion.todo:
+            single = Single(row.epoch, row.batch, row.body, portion.attempts.get(0, 1), 0.0)
+            self.journal.put("singles", single_key(box, row.id), encode(single))
 
     def touch(self, box: Mailbox) -> dict[int, Portion]:
         touched = self._dirty.get(box)
@@ -191,8 +204,8 @@ class Exchange:
     def drop_pending(self, box: Mailbox, reason: str) -> int:
         """Drop everything that waits, counted; requests end with Dropped."""
         dropped = 0
-        self._load_delayed(box, None)
-        while box.window.waiting or box.tail is not None:
+        while box.window.waiting or box.tail is not None or box.delayed:
+            self._load_delayed(box, inf)
             for piece in box.window.drop_waiting():
                 dropped += self._drop(box, piece.portion, piece.spans, reason)
             self.refill(box)
@@ -275,6 +288,7 @@ class Exchange:
         """Decide whom each event is for, and store that with the row."""
         matched = self._match_request(batch) if batch.reply else self._match(batch)
         row = Row(self.next_row, epoch, batch, header, body)
+        self.next_row += 1  # at once: what is cut out of it has a number of its own
         self.accepted += row.count
         self.references.hold(batch.blob)
         taken = {box: left for box, spans in matched.items() if (left := self._admit(box, row, spans))}
@@ -287,15 +301,18 @@ class Exchange:
     def _put_off(self, box: Mailbox, row: Row, spans: Spans, later: dict[int, float]) -> Spans:
         """Let events wait for their time in rows of their own; return the others."""
         late = [index for index in indexes(spans) if index in later]
+        spans = subtract(spans, spans_of(late))
+        if box.overflow != "block" and (excess := late[max(0, box.spec.inbox.maxsize - len(box.delayed)) :]):
+            self._refuse(box, row, spans_of(excess))
+            late = late[: -len(excess)]
         for index in late:
             batch, body = self.cut_out(row, index)
             box.take_in(row.epoch, 1, share(batch))
             self._wait_until(box, batch, body, row.epoch, 1, later[index])
         self.touch(box)
-        return subtract(spans, spans_of(late))
+        return spans
 
     def _store(self, row: Row, taken: dict[Mailbox, Spans]) -> None:
-        self.next_row += 1
         whole = [(0, row.count)]
         matched = {box.number: None if spans == whole else spans for box, spans in taken.items()}
         stored = encode((row.epoch, msgspec.Raw(row.header), matched, row.body))
@@ -398,7 +415,7 @@ class Exchange:
             self.letters.answer(row, index, outcome, body)
 
     def _deliver_to(self, box: Mailbox, portion: Portion) -> None:
-        excess = max(0, portion.count - box.room()) if box.overflow == "drop_oldest" else 0
+        excess = max(0, portion.count - box.room()) if box.overflow == "drop_oldest" and not box.unmet else 0
         box.account(portion)
         self.touch(box)
         box.enqueue(portion)
@@ -492,8 +509,7 @@ class Exchange:
     def make_single(self, box: Mailbox, batch: Batch, body: bytes, epoch: int, attempt: int, due: float) -> int:
         number = self.next_row
         self.next_row += 1
-        key = box.number.to_bytes(4, "big") + number.to_bytes(8, "big")
-        self.journal.put("singles", key, encode(Single(epoch, batch, body, attempt, due)))
+        self.journal.put("singles", single_key(box, number), encode(Single(epoch, batch, body, attempt, due)))
         self.references.hold_for(number, batch.blob)
         return number
 
@@ -538,7 +554,7 @@ class Exchange:
         touched = self.touch(box)
         if row.single:
             if not portion.todo:
-                self.journal.delete("singles", box.number.to_bytes(4, "big") + row.id.to_bytes(8, "big"))
+                self.journal.delete("singles", single_key(box, row.id))
                 self.references.release(row.id)
             return
         touched[row.id] = portion
@@ -575,18 +591,27 @@ class Exchange:
 
     def _expire(self, box: Mailbox, now: float) -> bool:
         """Drop what should have started before now; say whether there was something."""
-        late = box.window.expire(now) if box.window.expires <= now else []
+        if box.window.expires > now or box.unmet or not self.informed:
+            return False  # what a live process has started in time looks as if it waited until that has met this router
+        began = self.clock()
+        late = box.window.expire(now)
+        box.window.expires = max(box.window.expires, now + max(GRAIN, REST * (self.clock() - began)))
         for portion, spans in late:
             self._drop(box, portion, spans, "expired")
         return bool(late)
 
-    def _load_delayed(self, box: Mailbox, now: float | None) -> None:
-        while box.delayed and (now is None or box.delayed[0][0] <= now):
+    def _load_delayed(self, box: Mailbox, now: float) -> None:
+        """Put what is due before all that waits, in the order of its time, as far as the window takes it."""
+        due: list[Portion] = []
+        room = box.window_room()
+        while box.delayed and box.delayed[0][0] <= now and len(due) < room:
             _, number = heapq.heappop(box.delayed)
-            self.load_single(box, number, box.window.add_first)
+            self.load_single(box, number, due.append)
+        for portion in reversed(due):
+            box.window.add_first(portion)
 
     def load_single(self, box: Mailbox, number: int, put: Callable[[Portion], None]) -> None:
-        value = self.journal.get("singles", box.number.to_bytes(4, "big") + number.to_bytes(8, "big"))
+        value = self.journal.get("singles", single_key(box, number))
         if value is not None:
             put(single_portion(number, _single.decode(value)))
 
@@ -644,7 +669,8 @@ class Exchange:
         self._died(consumer, consumer.delivery.died_unseen(ranges, board.states, charged), cause)
 
     def _cover(self, box: Mailbox, ranges: list[Range]) -> None:
-        """Widen the window until it has all rows of some ranges."""
+        """Widen the window until it has all rows of some ranges, and what was due."""
+        self._load_delayed(box, self.clock())
         last = max((row for _, _, row, _ in ranges), default=0)
         if box.tail is not None and box.tail <= last:
             self.refill(box, last)
@@ -687,6 +713,10 @@ class Exchange:
 
     def tell(self, kind: str, subscriber: str | None, message: str, count: int = 1, **details: object) -> None:
         self.news.append(News(kind, subscriber, message, details, count))
+
+
+def single_key(box: Mailbox, number: int) -> bytes:
+    return box.number.to_bytes(4, "big") + number.to_bytes(8, "big")
 
 
 def progress_key(box: Mailbox, row: int) -> bytes:

@@ -12,7 +12,7 @@ from mphub.core.rows import Row, part_of, share
 from mphub.core.spans import Spans, indexes, length, spans_of, subtract
 from mphub.core.window import Portion
 from mphub.store.journal import Dead, on_disk
-from mphub.wire.frames import Batch, Reply, ReplyRow, decoder, encode, join, split, views
+from mphub.wire.frames import Batch, Extra, Reply, ReplyRow, decoder, encode, join, split, views
 
 if TYPE_CHECKING:
     from mphub.procs.exchange import Exchange
@@ -200,7 +200,8 @@ class Letters:
 
     def _let_wait(self, box: Mailbox, dead: Dead) -> None:
         epoch = self.exchange.epoch
-        number = self.exchange.make_single(box, dead.batch, dead.body, epoch, 1, 0.0)
+        batch = msgspec.structs.replace(dead.batch, extras=untimed(dead.batch.extras))
+        number = self.exchange.make_single(box, batch, dead.body, epoch, 1, 0.0)
         box.counters.pending[epoch] = box.counters.pending.get(epoch, 0) + 1
         box.unfinished += 1
         box.bytes += share(dead.batch)
@@ -284,6 +285,11 @@ def each_of(dead: Dead, spans: Spans) -> Iterator[Dead]:
     events = split(dead.body)
     for i in indexes(spans):
         yield msgspec.structs.replace(dead, batch=part_of(dead.batch, i, i + 1, len(events[i])), body=join([events[i]]), left=None)
+
+
+def untimed(extras: dict[int, Extra] | None) -> dict[int, Extra] | None:
+    """Forget when events were to start: who redrives them wants them to start now."""
+    return extras and {index: msgspec.structs.replace(extra, due=0.0, expires=0.0) for index, extra in extras.items()}
 
 
 def cost(dead: Dead, value: bytes) -> int:

@@ -6,6 +6,7 @@ import heapq
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 
 import msgspec
 
@@ -43,6 +44,8 @@ class Mailbox:
     """Finished rows that the cursor has not passed."""
     delayed: list[tuple[float, int]] = field(default_factory=list)
     """Heap of (due, single)."""
+    unmet: set[int] = field(default_factory=set)
+    """Live incarnations that have not told this router what they hold: that looks as if it waited."""
     noted: set[int] = field(default_factory=set)
     """Rows with a progress row in the journal."""
     max_bytes: int = 0
@@ -109,15 +112,25 @@ class Mailbox:
     @property
     def due(self) -> float:
         """When there is something to do though nothing arrives: seconds since the epoch."""
-        return min(self.delayed[0][0], self.window.expires) if self.delayed else self.window.expires
+        expires = inf if self.unmet else self.window.expires
+        return min(self.delayed[0][0], expires) if self.delayed and self.wants_more() else expires
+
+    @property
+    def pending(self) -> int:
+        """Return how many events are in it; those that wait for their time have a bound of their own."""
+        return self.unfinished - len(self.delayed)
 
     def room(self) -> int:
         """Return how many events still fit."""
-        return 0 if self.bytes >= self.max_bytes else max(0, self.spec.inbox.maxsize - self.unfinished)
+        return 0 if self.bytes >= self.max_bytes else max(0, self.spec.inbox.maxsize - self.pending)
 
     def wants_more(self) -> bool:
         window = self.window
         return window.loaded < WINDOW_EVENTS and window.loaded_bytes < WINDOW_BYTES
+
+    def window_room(self) -> int:
+        """Return how many events of their own rows the window takes."""
+        return WINDOW_EVENTS - self.window.loaded if self.wants_more() else 0
 
     def runs_low(self) -> bool:
         return self.tail is not None and self.window.loaded < WINDOW_EVENTS // 2 and self.wants_more()
@@ -163,7 +176,8 @@ class Mailbox:
     def update_full(self) -> None:
         """Recompute whether publishers wait for it (released at 80 %)."""
         least = 0.8 if self.full else 1.0
-        over = self.unfinished >= self.spec.inbox.maxsize * least or self.bytes >= self.max_bytes * least
+        most = self.spec.inbox.maxsize * least
+        over = self.pending >= most or len(self.delayed) >= most or self.bytes >= self.max_bytes * least
         self.full = over and self.overflow == "block"
 
 

@@ -110,5 +110,5 @@ class Room:
 
     def _stuck(self) -> Mailbox | None:
         """Return the one of those that do not run for which most waits."""
-        boxes = [box for box in self.exchange.boxes.values() if box.stuck and box.has_waiting]
+        boxes = [box for box in self.exchange.boxes.values() if box.stuck and box.has_waiting and not box.unmet]
         return max(boxes, key=lambda box: box.bytes, default=None)

@@ -90,8 +90,7 @@ class Router:
         self.seats: dict[int, Seat] = {}
         self.shared: set[Mailbox] = set()
         """Inboxes that several of them are given events of."""
-        self.informed = False
-        """The supervisor has said who lives: none that this router does not know holds anything."""
+        self.exchange.informed = False
         self.arrived: dict[Stream, list[Frame]] = {}
         """What this turn has read and not handled yet."""
         self.to_confirm: set[PublisherPeer] = set()
@@ -344,6 +343,7 @@ class Router:
             self._drop(seat.stream)
         stream.peer, seat.stream = seat, stream
         seat.met = True
+        seat.box.unmet.discard(seat.incarnation)
         delivery = seat.delivery
         delivery.give_back()  # on a reconnect; a successor holds nothing yet
         delivery.generation = max(delivery.generation, hello.generation)
@@ -383,7 +383,7 @@ class Router:
         stream = seat.stream
         if stream is None:
             return
-        if seat.may_take() and self.informed:
+        if seat.may_take() and self.exchange.informed:
             share = self._share(seat) if seat.box in self.shared else SLOTS
             while share > 0 and len(stream.out) < MAX_AHEAD and (held := seat.delivery.take(share)) is not None:
                 share -= length(held.spans)
@@ -406,7 +406,7 @@ class Router:
         None while another has not said what it holds: to this router that waits.
         """
         siblings = [other for other in self.seats.values() if other.box is seat.box]
-        if not all(other.met for other in siblings):
+        if seat.box.unmet:
             return 0
         takers = [other.delivery.holding for other in siblings if other.may_take()]
         level = -(-(seat.box.window.loaded + sum(takers)) // len(takers))
@@ -484,6 +484,7 @@ class Router:
         self._recall(seat)
         if live:
             seat.met = False
+            box.unmet.add(incarnation)
             seat.delivery.number = max((number + count for number, count, _, _ in seat.board.ranges()), default=0)
 
     def do_stop_worker(self, incarnation: int) -> None:
@@ -502,6 +503,7 @@ class Router:
         seat = self.seats.pop(incarnation, None)
         if seat is None:
             return
+        seat.box.unmet.discard(incarnation)
         self._note_shared()
         self._read_last(seat)
         failpoints.hit("router.settling")
@@ -523,7 +525,7 @@ class Router:
 
     def do_known(self, incarnations: list[int]) -> None:
         """Forget all other incarnations: whoever should have said that they are settled has died, or this router's predecessor has."""
-        self.informed = True
+        self.exchange.informed = True
         for incarnation in set(self.exchange.frames) - set(incarnations):
             self.exchange.forget_incarnation(incarnation)
 

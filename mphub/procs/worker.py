@@ -126,7 +126,7 @@ class Worker:
 
     def _tear_down(self) -> None:
         failpoints.hit("worker.stopping")
-        if self.spec.snapshot is not None and self.unsaved:
+        if self._has_news:
             self._report()
         if self.runner.subscriber is not None:
             self.runner.subscriber.teardown()
@@ -168,7 +168,7 @@ class Worker:
         """Return the next frame; when the router has died, connect to its successor and resend what was not confirmed."""
         while True:
             assert self.line is not None
-            if self.unsaved and not self.line.has_frame():
+            if self._has_news and not self.line.has_frame():
                 self._report()  # idle: what waited for a snapshot goes now
             got = self.line.receive()
             if got is not None:
@@ -177,6 +177,11 @@ class Worker:
             self._enter()
             for _, _, data in self.unconfirmed:
                 self._write(data)
+
+    @property
+    def _has_news(self) -> bool:
+        """Say whether something waits for a snapshot that is not due."""
+        return bool(self.unsaved or self.failures or self.filtered)
 
     def _deliveries(self) -> Iterator[tuple[Deliver, bytes]]:
         while (got := self._receive()) is not None:
@@ -388,7 +393,8 @@ class Worker:
     def _return_rest(self, ran: int) -> None:
         """Report what has run, and that all the rest that this process holds, here and under way, is the router's again."""
         first, _ = self.claims.pop()
-        self.claims.append((first, self.upto - first))
+        if self.upto > first:  # else nothing of the frame was started
+            self.claims.append((first, self.upto - first))
         self._measure(ran)
         self._report(returned=True)
         self.generation += 1
