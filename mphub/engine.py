@@ -105,7 +105,7 @@ class ProcessEngine:
     def unsubscribe(self, name: str, *, drain: bool) -> None:
         self.connection.flush()
         self.client.call("stop_routing", name=name)
-        while drain and self.state_of(name)[0] not in ("FATAL", "STOPPED") and self._left(name):
+        while drain and self.state_of(name)[0] not in ("FATAL", "STOPPED", "PAUSED") and self._left(name):
             time.sleep(0.01)
         self.client.call("unsubscribe", name=name)
         self._replicas.pop(name, None)

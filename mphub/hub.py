@@ -149,6 +149,8 @@ class EventHub:
         self._address = Address(str(folder), os.urandom(16), self.name, getpid(), born, largest)
         self._console = Console(unmatched)
         self._subscriptions = Registry()
+        self._leaving: set[str] = set()
+        """Those that are being unsubscribed."""
         self._engine: Engine | None = None
         self._final: tuple[HubStatistics, list[DeadLetter]] | None = None
         self._given_up = 0
@@ -410,7 +412,7 @@ class EventHub:
                 keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where,
             )  # fmt: skip
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
-            before = self._subscriptions.get(spec.name)
+            before = self._staying(spec.name) if spec.name in self._subscriptions else None
             self._subscriptions[spec.name] = subscription
             if self._engine is not None:
                 try:
@@ -662,14 +664,27 @@ class EventHub:
                 error, trace
             )
 
-    def _restart(self, name: str) -> None:
-        self._running("restart").restart(name)
+    def _operate(self, name: str, what: str) -> None:
+        """Restart, pause or resume a subscriber."""
+        engine = self._running(what)
+        with self._lock:
+            self._staying(name)
+            getattr(engine, what)(name)
+
+    def _staying(self, name: str) -> Subscription[Any, Any]:
+        """Return a subscription that nobody is ending.
+
+        Raises NoSubscriber.
+        """
+        if name in self._leaving:
+            raise NoSubscriber(f"{name!r} is being unsubscribed")
+        return self._subscriptions.find(name)
 
     def _change(self, name: str, what: str, **fields: Any) -> None:
         """Change a subscription for now and for later starts."""
         self._must_own(what)
-        subscription = self._subscriptions.find(name)
         with self._lock:
+            subscription = self._staying(name)
             if self._engine is not None:
                 getattr(self._engine, what)(name, **fields)
             subscription._spec = msgspec.structs.replace(subscription._spec, **fields)
@@ -679,9 +694,16 @@ class EventHub:
         name = subscription.name
         if self._subscriptions.get(name) is not subscription:
             return  # done before
-        if self._engine is not None:
-            self._engine.unsubscribe(name, drain=drain)
-        self._subscriptions.pop(name, None)
+        with self._lock:
+            if name in self._leaving:
+                raise NoSubscriber(f"{name!r} is being unsubscribed")
+            self._leaving.add(name)
+        try:
+            if self._engine is not None:
+                self._engine.unsubscribe(name, drain=drain)
+            self._subscriptions.pop(name, None)
+        finally:
+            self._leaving.discard(name)
 
     # -- where am I
 

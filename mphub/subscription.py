@@ -68,18 +68,18 @@ class Subscription(Generic[T, R]):
 
     def restart(self) -> None:
         """End its process by the ladder and start another; charged to nobody. Also revives a FATAL one."""
-        self._hub._restart(self.name)
+        self._hub._operate(self.name, "restart")
 
     def pause(self) -> None:
         """Let what runs finish and start nothing more; what comes meanwhile waits, and beyond the inbox's bound becomes dead letters.
 
         It stays paused until ``resume``, also when its process or the supervisor dies.
         """
-        self._hub._running("pause").pause(self.name)
+        self._hub._operate(self.name, "pause")
 
     def resume(self) -> None:
         """Go on after ``pause``."""
-        self._hub._running("resume").resume(self.name)
+        self._hub._operate(self.name, "resume")
 
     def scale(self, replicas: int | str) -> None:
         """Have so many replicas from now on (``"auto"``: one for each core); those that go finish what they run.
@@ -96,7 +96,10 @@ class Subscription(Generic[T, R]):
         self._hub._change(self.name, "set_keys", patterns=patterns_of(keys))
 
     def unsubscribe(self, *, drain: bool = True, forget: bool = False) -> None:
-        """Route nothing more to it, let it finish what waits (or drop that, counted as ``unsubscribed``), and end it."""
+        """Route nothing more to it, let it finish what waits (or drop that, counted as ``unsubscribed``), and end it.
+
+        Of one that is FATAL, STOPPED or PAUSED what waits is dropped in any case.
+        """
         self._hub._unsubscribe(self, drain=drain)
 
     def statistics(self) -> SubscriberStatistics:

@@ -183,12 +183,14 @@ class Exchange:
         for pattern in spec.patterns:
             self.table.add(pattern, box)
         self.journal.put("subscribers", b"d" + spec.name.encode(), encode(spec))
+        self.journal.delete("subscribers", b"u" + spec.name.encode())
         self.touch(box)
 
     def unsubscribe(self, name: str) -> None:
-        """Route nothing more to a subscriber."""
+        """Route nothing more to a subscriber, also under the next router."""
         if name in self.boxes:
             self.table.remove(self.boxes[name])
+            self.journal.put("subscribers", b"u" + name.encode(), b"1")
 
     def forget(self, name: str, reason: str) -> None:
         """Drop what waits for a subscriber whose process is gone, and the subscriber; its books and dead letters stay."""

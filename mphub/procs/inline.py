@@ -260,8 +260,9 @@ class Inline:
         return True
 
     def _wait_for_retry(self) -> bool:
-        due = self.exchange.next_due()
-        if due is None:
+        moving = [post.box for post in self.posts.values() if post.box.delayed and not post.box.is_at_rest]
+        due = min((box.delayed[0][0] for box in moving), default=0.0)
+        if not moving and not self.exchange.is_due(time.time()):
             return False
         time.sleep(max(0.0, due - time.time()))
         with self.exchange.turn():

@@ -54,8 +54,9 @@ def load_box(exchange: Exchange, spec: Spec, name: bytes) -> None:
     status = exchange.journal.get("subscribers", b"t" + name)
     if status is not None:
         box.status = status.decode()
-    for pattern in spec.patterns:
-        exchange.table.add(pattern, box)
+    if exchange.journal.get("subscribers", b"u" + name) is None:
+        for pattern in spec.patterns:
+            exchange.table.add(pattern, box)
 
 
 def load_progress(exchange: Exchange, box: Mailbox) -> dict[int, Progress]:

@@ -24,6 +24,7 @@ from mphub.procs.link import Link
 from mphub.procs.mailbox import LASTING
 from mphub.procs.wards import Child, Group, Ward, make_child, orphans, tails
 from mphub.procs.worker import run_worker
+from mphub.store.board import READY
 from mphub.wire.frames import Answer, Call, Push, decoder, encode
 from mphub.wire.specs import Spec
 
@@ -83,9 +84,10 @@ class Supervisor:
                 group = self.groups[spec.name] = Group(spec, paused=status == "PAUSED")
                 for ward in group.wards:
                     if status in LASTING and status != "PAUSED":
-                        self._set_state(ward, status)
+                        group.note_state(ward, status)
                     else:
                         self._start(ward)
+                self._announce(group)
             for call, reply in early:
                 self._serve(call, reply)
 
@@ -173,7 +175,8 @@ class Supervisor:
         for group in self.groups.values():
             self._tell_status(group, link)
         for child in self._children():
-            self._tell_started(link, child, live=True)
+            child.unmet = child.board.flag(READY)  # else it has never been given anything
+            self._tell_started(link, child, live=child.unmet)
             if child.ending in ("stop", "restart"):
                 link.tell("stop_worker", incarnation=child.incarnation)
         link.tell("known", incarnations=[*self.unsettled, *(child.incarnation for child in self._children())])
@@ -192,6 +195,9 @@ class Supervisor:
 
     def heard_ready(self, incarnation: int) -> None:
         for ward in self._wards():
+            if ward.child is not None and ward.child.incarnation == incarnation and ward.child.unmet:
+                ward.child.unmet = False
+                self._tell_status(self.groups[ward.name], self.link)
             if ward.child is not None and ward.child.incarnation == incarnation and not ward.child.ready:
                 ward.child.ready = True
                 ward.put_off = False
@@ -375,7 +381,7 @@ class Supervisor:
 
     def _tell_status(self, group: Group, link: Link) -> None:
         if all(ward.told_router for ward in group.wards):
-            link.tell("status", name=group.spec.name, status="FROZEN" if group.frozen and not group.paused else group.state)
+            link.tell("status", name=group.spec.name, status=group.status)
 
     def _end(self, child: Child, why: str, ladder: list[tuple[float, int]]) -> None:
         """Begin to end a process: (seconds from now, signal) after another."""
@@ -457,6 +463,7 @@ class Supervisor:
         if group is None:  # repeated
             answer()
             return
+        group.leaving = True
 
         def when_dead() -> None:
             failpoints.hit("supervisor.unsubscribing")
@@ -467,7 +474,7 @@ class Supervisor:
 
     def do_restart(self, answer: Reply, name: str) -> None:
         """Start a subscriber's processes anew; charged to nobody."""
-        group = self.groups.get(name)  # None: unsubscribed meanwhile
+        group = self._changeable(name)
         for ward in group.wards if group is not None else []:
             self._renew(ward)
         answer()
@@ -482,19 +489,25 @@ class Supervisor:
             self._ask_to_stop(ward.child, "restart")
 
     def do_pause(self, answer: Reply, name: str) -> None:
-        """Let a subscriber's processes finish what runs, and give them no more."""
-        self._set_paused(name, paused=True)
-        answer()
+        """Let a subscriber's processes finish what runs, and give them no more; answered when that is in the journal."""
+        self._set_paused(answer, name, paused=True)
 
     def do_resume(self, answer: Reply, name: str) -> None:
-        self._set_paused(name, paused=False)
-        answer()
+        self._set_paused(answer, name, paused=False)
 
-    def _set_paused(self, name: str, *, paused: bool) -> None:
+    def _set_paused(self, answer: Reply, name: str, *, paused: bool) -> None:
+        group = self._changeable(name)
+        if group is None:
+            answer()
+            return
+        group.paused = paused
+        self._announce(group)
+        self.link.ask("status", answer, name=name, status=group.status)
+
+    def _changeable(self, name: str) -> Group | None:
+        """Return a subscriber, unless it is about to go."""
         group = self.groups.get(name)
-        if group is not None and group.paused != paused:
-            group.paused = paused
-            self._announce(group)
+        return None if group is None or group.leaving else group
 
     def do_scale(self, answer: Reply, name: str, replicas: int) -> None:
         """Give a subscriber more processes or fewer; those that go finish what runs."""
@@ -511,13 +524,13 @@ class Supervisor:
     def do_replace(self, answer: Reply, spec: bytes) -> None:
         """Follow another subscription of the same name: its code has what waits."""
         found = _spec.decode(spec)
-        group = self.groups.get(found.name)
+        group = self._changeable(found.name)
         if group is None:
             self.do_subscribe(answer, spec)
             return
 
         def committed(_: object) -> None:
-            if self.groups.get(found.name) is group:
+            if self._changeable(found.name) is group:
                 group.adopt(found)
                 self._rescale(group, found)
                 for ward in group.wards:
@@ -531,14 +544,14 @@ class Supervisor:
 
     def _change(self, answer: Reply, name: str, then: Callable[[Group, Spec], None], **fields: object) -> None:
         """Commit another spec, then follow it."""
-        group = self.groups.get(name)
-        if group is None:  # unsubscribed meanwhile
+        group = self._changeable(name)
+        if group is None:
             answer()
             return
         spec = msgspec.structs.replace(group.spec, **fields)
 
         def committed(_: object) -> None:
-            if self.groups.get(name) is group:
+            if self._changeable(name) is group:
                 then(group, spec)
             answer()
 
@@ -580,6 +593,8 @@ class Supervisor:
 
     def do_stop_subscribers(self, answer: Reply) -> None:
         """End all subscribers by the ladder, and when they are settled drop what waits; answer how much that was."""
+        for group in self.groups.values():
+            group.leaving = True
         self._once_dead(self._wards(), lambda: self.link.ask("give_up", answer, reason="stopped"))
 
     def do_close(self, answer: Reply) -> None:

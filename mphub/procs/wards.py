@@ -100,6 +100,8 @@ class Child:
     running_since: tuple[int, float] | None = None
     """(slot, when it was first seen running)."""
     frost: fork.Frost = field(default_factory=fork.Frost)
+    unmet: bool = False
+    """A new router waits for its word."""
     frozen: bool = False
     """The router knows that it holds no publisher."""
     ooms: int = field(default_factory=fork.oom_kills)
@@ -198,7 +200,7 @@ class Group:
     def __init__(self, spec: Spec, *, paused: bool = False) -> None:
         self.spec = spec
         self.wards = [Ward.make(spec, replica) for replica in range(spec.replicas)]
-        self.paused = paused
+        self.paused, self.leaving = paused, False
         self._complete = False
         """All have been RUNNING together."""
 
@@ -226,15 +228,25 @@ class Group:
 
     @property
     def state(self) -> str:
-        """That of the replica that is worst off until all have been RUNNING, then that of the one that is best off."""
+        """What its user sees: that of the replica that is worst off until all have been RUNNING, then that of the one that is best off."""
+        return self._state(BEST_FIRST if self._complete else WORST_FIRST)
+
+    @property
+    def status(self) -> str:
+        """What its inbox has to expect: one replica that is RUNNING is enough."""
+        return "FROZEN" if self.frozen and not self.paused else self._state(BEST_FIRST)
+
+    def _state(self, order: tuple[str, ...]) -> str:
         states = {ward.state for ward in self.wards}
-        found = next(state for state in (BEST_FIRST if self._complete else WORST_FIRST) if state in states)
+        found = next(state for state in order if state in states)
         return "PAUSED" if self.paused and found in PAUSABLE else found
 
     @property
     def frozen(self) -> bool:
-        """Say whether all processes that it has are."""
-        return bool(self.children) and all(child.frozen for child in self.children)
+        """Say whether nothing of it moves: all processes are frozen, or one without whose word a new router gives the others nothing."""
+        return bool(self.children) and (
+            all(child.frozen for child in self.children) or any(child.frozen and child.unmet for child in self.children)
+        )
 
     @property
     def error(self) -> tuple[bytes, str]:
