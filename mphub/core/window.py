@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import inf
 
@@ -21,6 +21,8 @@ class Portion:
     """Bytes per event, on average."""
     attempts: dict[int, int] = field(default_factory=dict)
     """index -> number of its next run, of those that run alone: it is not their first, or they are suspected."""
+    due: float = 0.0
+    """When it was to start, if it had to wait for its time: seconds since the epoch."""
 
     @property
     def count(self) -> int:
@@ -55,9 +57,14 @@ class Window:
         """Append the events of a portion."""
         self.put(Piece(portion, portion.todo), self.waiting.append)
 
-    def add_first(self, portion: Portion) -> None:
-        """Put the events of a portion before all others: their turn has passed already."""
-        self.put(Piece(portion, portion.todo), self.waiting.appendleft)
+    def add_due(self, portions: Iterable[Portion]) -> None:
+        """Put events whose time has come before all others, among themselves in the order of their times."""
+        due: list[Piece] = []
+        while self.waiting and self.waiting[0].portion.due:
+            due.append(self.waiting.popleft())
+        for portion in portions:
+            self.put(Piece(portion, portion.todo), due.append)
+        self.waiting.extendleft(sorted(due, key=lambda piece: piece.portion.due)[::-1])
 
     def put(self, piece: Piece, put: Callable[[Piece], None]) -> None:
         put(piece)

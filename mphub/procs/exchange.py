@@ -609,8 +609,7 @@ class Exchange:
         while box.delayed and box.delayed[0][0] <= now and len(due) < room:
             _, number = heapq.heappop(box.delayed)
             self.load_single(box, number, due.append)
-        for portion in reversed(due):
-            box.window.add_first(portion)
+        box.window.add_due(due)
 
     def load_single(self, box: Mailbox, number: int, put: Callable[[Portion], None]) -> None:
         value = self.journal.get("singles", single_key(box, number))

@@ -183,4 +183,4 @@ class Mailbox:
 
 def single_portion(number: int, single: Single) -> Portion:
     row = Row(number, single.epoch, single.batch, encode(single.batch), single.body, single=True)
-    return Portion(row, [(0, 1)], share(single.batch), {0: single.attempt} if single.attempt > 1 else {})
+    return Portion(row, [(0, 1)], share(single.batch), {0: single.attempt} if single.attempt > 1 else {}, single.due)
