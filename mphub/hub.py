@@ -412,7 +412,8 @@ class EventHub:
                 keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where,
             )  # fmt: skip
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
-            before = self._staying(spec.name) if spec.name in self._subscriptions else None
+            self._refuse_leaving(spec.name)
+            before = self._subscriptions.get(spec.name)
             self._subscriptions[spec.name] = subscription
             if self._engine is not None:
                 try:
@@ -665,26 +666,26 @@ class EventHub:
             )
 
     def _operate(self, name: str, what: str) -> None:
-        """Restart, pause or resume a subscriber."""
+        """Restart, pause or resume a subscriber; of one that is gone that changes nothing."""
         engine = self._running(what)
         with self._lock:
-            self._staying(name)
+            self._refuse_leaving(name)
             getattr(engine, what)(name)
 
-    def _staying(self, name: str) -> Subscription[Any, Any]:
-        """Return a subscription that nobody is ending.
+    def _refuse_leaving(self, name: str) -> None:
+        """Let nobody change what another thread is ending.
 
         Raises NoSubscriber.
         """
         if name in self._leaving:
             raise NoSubscriber(f"{name!r} is being unsubscribed")
-        return self._subscriptions.find(name)
 
     def _change(self, name: str, what: str, **fields: Any) -> None:
         """Change a subscription for now and for later starts."""
         self._must_own(what)
         with self._lock:
-            subscription = self._staying(name)
+            self._refuse_leaving(name)
+            subscription = self._subscriptions.find(name)
             if self._engine is not None:
                 getattr(self._engine, what)(name, **fields)
             subscription._spec = msgspec.structs.replace(subscription._spec, **fields)
@@ -695,8 +696,7 @@ class EventHub:
         if self._subscriptions.get(name) is not subscription:
             return  # done before
         with self._lock:
-            if name in self._leaving:
-                raise NoSubscriber(f"{name!r} is being unsubscribed")
+            self._refuse_leaving(name)
             self._leaving.add(name)
         try:
             if self._engine is not None:

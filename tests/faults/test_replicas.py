@@ -89,7 +89,7 @@ def test_a_frozen_one_holds_only_what_it_has(tmp_path: Path) -> None:
     assert Counter(lines(log)) == Counter(str(n) for n in range(42))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_kills_lose_nothing_and_repeat_only_what_ran(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     log = tmp_path / "log"
@@ -105,7 +105,7 @@ def test_random_kills_lose_nothing_and_repeat_only_what_ran(seed: int, tmp_path:
     with hub:
         publisher = threading.Thread(target=hub.publish_batch, args=("k", range(20_000)))
         publisher.start()
-        for _ in range(25):
+        for _ in range(18):
             time.sleep(chance.uniform(0.02, 0.1))
             pids = hub.statistics().pids
             victim = pids["router"] if chance.random() < 0.2 else chance.choice(trio.statistics().pids or (0,))

@@ -108,16 +108,16 @@ def test_a_failure_does_not_wait_for_a_snapshot() -> None:
 def test_what_started_in_time_does_not_expire_while_others_die(victim: str, tmp_path: Path) -> None:
     def handle(n: int) -> int:
         note(tmp_path / "log", str(n))
-        time.sleep(1.5)
+        time.sleep(1.0)
         return n
 
     hub = EventHub()
     sub = hub.subscribe("k", handle)
     with hub:
-        hub.publish("k", 1, expires=0.7)
+        hub.publish("k", 1, expires=0.5)
         assert eventually(lambda: lines(tmp_path / "log"))
         kill(hub.statistics().pids[victim])
-        time.sleep(0.8)  # it is too late to start now
+        time.sleep(0.5)  # it is too late to start now
         statistics = hub.drain(20).subscribers[sub.name]
     assert (statistics.handled, dict(statistics.dropped)) == (1, {})
 

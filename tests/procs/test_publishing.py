@@ -118,7 +118,7 @@ def test_threads_share_a_batch_while_each_line_is_traced(hub: EventHub) -> None:
 
     threading.settrace(trace)
     try:
-        told = publish_from_threads(hub, 400)
+        told = publish_from_threads(hub, 150)
     finally:
         threading.settrace(None)
     check_all(noted(hub), told)
