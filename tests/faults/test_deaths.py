@@ -129,7 +129,7 @@ def test_an_event_that_kills_while_it_is_committed_is_found() -> None:
             self.seen = state
 
     hub = EventHub(check=False)
-    hub.subscribe("k", Total, name="s", snapshot=Snapshot(), retry=Retry(max_attempts=2))
+    hub.subscribe("k", Total, name="s", snapshot=Snapshot(), retry=Retry(max_attempts=2), restart=AT_ONCE)
     with hub:
         hub.publish_batch("k", range(20))
         hub.drain(30)

@@ -54,7 +54,7 @@ def test_deaths_one_after_the_other_are_survived_too() -> None:
 
 @pytest.mark.slow
 def test_reports_that_are_sent_again_to_the_next_router_count_once() -> None:
-    judge_each([f"router.committed:{number}" for number in range(30, 90, 3)])
+    judge_each([f"router.committed:{number}" for number in range(30, 90, 5)])
 
 
 def test_a_stop_beside_publishers_counts_all_that_was_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
