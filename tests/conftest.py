@@ -68,6 +68,12 @@ class Traces:
         return "\n".join(f"  {row}" for row in rows)
 
 
+@pytest.fixture(params=["inline", pytest.param("process", marks=pytest.mark.procs)])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Both engines, side by side."""
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test of real processes that leaves a process, a runtime folder or a descriptor 2 s after its end."""

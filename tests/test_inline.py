@@ -19,12 +19,6 @@ from mphub import EventHub, Inbox, Reject, Restart, Retry, RetryLater, Subscribe
 from tests.procs.test_hub import lines, note
 
 
-@pytest.fixture(params=["inline", pytest.param("process", marks=pytest.mark.procs)])
-def engine(request: pytest.FixtureRequest) -> str:
-    """Both engines, side by side."""
-    return str(request.param)
-
-
 @pytest.fixture
 def record(tmp_path: Path) -> Record:
     """Return a recorder that handlers can take along."""

@@ -19,11 +19,6 @@ from tests.procs.test_hub import lines, note
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture(params=["process", "inline"])
-def engine(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 # -- pause
 
 

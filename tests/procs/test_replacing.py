@@ -16,11 +16,6 @@ from tests.procs.test_hub import lines, note
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture(params=["process", "inline"])
-def engine(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def test_the_next_event_is_handled_by_the_new_code(engine: str, tmp_path: Path) -> None:
     hub = EventHub(engine=engine)
     hub.subscribe("k", lambda n: note(tmp_path / "log", f"old {n}"), name="sub")

@@ -17,11 +17,6 @@ from tests.procs.test_hub import lines, note
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture(params=["process", "inline"])
-def engine(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def test_a_delayed_event_starts_at_its_time(engine: str, tmp_path: Path) -> None:
     hub = EventHub(engine=engine)
     hub.subscribe("k", lambda text: note(tmp_path / "log", f"{text} {time.time()}"))
