@@ -30,8 +30,9 @@ $(READY): pyproject.toml
 run: venv
 	$(BIN)/python scripts/supervisor.py
 
+# Two at a time: most tests wait for processes.
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -14,3 +15,8 @@ def eventually(condition: Callable[[], object], timeout: float = 5.0, interval: 
             return False
         time.sleep(interval)
     return True
+
+
+def without_address(value: object) -> str:
+    """Name a test's parameter the same in each process: run side by side, they compare what they have collected."""
+    return re.sub(" at 0x[0-9a-f]+", "", str(value))

@@ -16,6 +16,7 @@ import pytest
 
 import mphub
 from mphub import EventHub, Inbox, Limits, Restart, Retry, Snapshot, Stop, Subscriber, Topic
+from tests.helpers import without_address
 
 
 def handle(payload: object) -> object:
@@ -151,7 +152,7 @@ def test_a_hub_is_named_after_its_script() -> None:
         {"max_bytes": -5}, {"max_bytes": "101%"}, {"max_bytes": None}, {"propagate": True}, {"name": "\udcff"},
         {"name": 5},
     ],
-    ids=str,
+    ids=without_address,
 )  # fmt: skip
 def test_a_wrong_option_of_a_hub_is_named(options: dict[str, Any]) -> None:
     with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}.*got"):
@@ -275,7 +276,7 @@ async def yields_later(payload: object) -> Any:
         (Yields().handle, "generator function"),
         (Yields(), "generator function"),
     ],
-    ids=str,
+    ids=without_address,
 )
 def test_what_is_no_handler_is_refused(handler: Any, words: str) -> None:
     hub = EventHub()
@@ -300,7 +301,7 @@ def test_what_cannot_be_sent_is_refused_when_subscribed() -> None:
         {"retry": 3}, {"restart": "never"}, {"inbox": 100}, {"limits": 5.0}, {"snapshot": True}, {"retry": Restart()}, {"restart": Retry()},
         {"inbox": None}, {"limits": Stop()},
     ],
-    ids=str,
+    ids=without_address,
 )  # fmt: skip
 def test_an_option_of_a_wrong_type_is_named_with_what_was_expected(options: dict[str, Any]) -> None:
     field = next(iter(options))
