@@ -396,10 +396,10 @@ class EventHub:
         ``replace``: take the place of the subscriber of the same name, whose waiting events stay; the default in an interactive session.
         Raises InvalidKey, InvalidOption, PayloadError (the handler cannot be pickled), NameTaken.
         """
-        refuse_unavailable(ordered=(ordered, False), concurrency=(concurrency, 1), process=(process, None))
+        refuse_unavailable(concurrency=(concurrency, 1), process=(process, None))
         refuse_unavailable(batch=(batch, None), rate=(rate, None), recycle=(recycle, None))
         refuse_unavailable(start=(start, "new"))
-        check_types(inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool))
+        check_types(inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool), ordered=(ordered, bool))
         if self._kind == "inline" and limits.timeout is not None:
             raise InvalidOption("limits(timeout): the inline engine runs handlers in your thread and cannot end one; use engine='process'")
         if self._kind == "inline" and env:
@@ -409,7 +409,7 @@ class EventHub:
         with self._lock:
             free = self._subscriptions.free_name(handler, name, replace=replace or is_interactive())
             spec = make_spec(
-                keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where,
+                keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where, ordered,
             )  # fmt: skip
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             self._refuse_leaving(spec.name)

@@ -59,7 +59,7 @@ Handler = Callable[..., object] | type[Subscriber[Any, Any]] | Subscriber[Any, A
 def make_spec(
     keys: str | Topic[Any] | Sequence[str | Topic[Any]], handler: Handler, name: str, to: str | Topic[Any] | None,
     retry: Retry, restart: Restart, inbox: Inbox, limits: Limits, snapshot: Snapshot | None, replicas: int | str,
-    env: Mapping[str, str] | None, initializer: bytes, where: Where,
+    env: Mapping[str, str] | None, initializer: bytes, where: Where, ordered: bool,
 ) -> Spec:  # fmt: skip
     """Check a subscription and pickle its handler.
 
@@ -77,7 +77,7 @@ def make_spec(
         surroundings=surroundings(env or {}), initializer=initializer,
         inbox=inbox, limits=limits, restart=restart, max_attempts=retry.max_attempts,
         snapshot=snapshot_rule(cls, snapshot), answers=True if cls is None else cls.answers,
-        replicas=replicas_of(replicas),
+        replicas=replicas_of(replicas), ordered=ordered,
     )  # fmt: skip
 
 

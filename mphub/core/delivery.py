@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from mphub.core.credit import Credit
+from mphub.core.order import Order
 from mphub.core.spans import Spans, contains, indexes, length, spans_of, subtract
 from mphub.core.window import Piece, Portion, Window, expiring
 
@@ -80,29 +81,49 @@ class Delivery:
 
     def claim(self, ranges: list[Range]) -> None:
         """Move waiting events to held: a process that this router did not hand them to says that it has them."""
+        self.window.gather()
         for number, count, row, index in ranges:
             for piece in [p for p in self.window.waiting if p.portion.row.id == row]:
                 rest = subtract(piece.spans, [(index, index + count)])
                 spans = subtract(piece.spans, rest)
                 if spans:
                     piece.spans = rest
-                    self.held.append(Held(number, index, count, piece.portion, spans))
-                    self.holding += length(spans)
+                    self._hold(Held(number, index, count, piece.portion, spans))
         for piece in self.window.drop_waiting():
             if piece.spans:
                 self.window.put(piece, self.window.waiting.append)
 
     def take(self, most: int | None = None) -> Held | None:
         """Move the next events, as far as credit goes and at most so many, from waiting to held."""
-        if not self.window.waiting or (room := self._room() if most is None else min(self._room(), most)) <= 0:
+        if not self.window.loaded or (room := self._room() if most is None else min(self._room(), most)) <= 0:
             return None
-        piece = self.window.waiting[0]
+        return self._take(self.window.waiting, room) if self.window.order is None else self._take_in_order(self.window.order, room)
+
+    def _take(self, queue: deque[Piece], room: int, *, laned: bool = False) -> Held | None:
+        piece = queue[0]
         first = piece.spans[0][0]
         alone = first in piece.portion.attempts
         if alone and self.held:
             return None
-        taken = [(first, first + 1)] if alone else self._cut(piece, room)
-        return self._hold(piece, taken, alone) if taken else None
+        taken = [(first, first + 1)] if alone else self._cut(piece.portion, piece.spans, room)
+        return self._hand_over(queue, taken, alone=alone, laned=laned) if taken else None
+
+    def _take_in_order(self, order: Order, room: int) -> Held | None:
+        """Take what waits for this process alone, or else the next of the keys that are free or its own."""
+        lane = order.lanes.get(self)
+        if lane:
+            return self._take(lane, room, laned=True)
+        waiting = self.window.waiting
+        while waiting:
+            piece = waiting[0]
+            chosen = order.choose(self, piece, room, is_free=not self.held)
+            if not piece.spans:
+                waiting.popleft()
+                continue
+            alone = bool(chosen) and chosen[0][0] in piece.portion.attempts
+            taken = chosen if alone else self._cut(piece.portion, chosen, room)
+            return self._hand_over(waiting, taken, alone=alone) if taken else None
+        return None
 
     def _room(self) -> int:
         """Return how many events may be handed out now."""
@@ -115,28 +136,36 @@ class Delivery:
             self._filling = False
         return limit - self.holding if self._filling else 0
 
-    def _cut(self, piece: Piece, room: int) -> Spans:
+    def _cut(self, portion: Portion, spans: Spans, room: int) -> Spans:
         """Take up to ``room`` events from the front, as far as there are slots, not beyond one that has to run alone."""
-        first = piece.spans[0][0]
+        if not spans:
+            return []
+        first = spans[0][0]
         end = first + self.slots - (self.number - self.held[0].number if self.held else 0)
-        if piece.portion.attempts:
-            end = min([end, *(i for i in piece.portion.attempts if i > first)])
+        if portion.attempts:
+            end = min([end, *(i for i in portion.attempts if i > first)])
         taken: Spans = []
-        for a, b in piece.spans:
+        for a, b in spans:
             if room <= 0 or a >= end:
                 break
             taken.append((a, min(b, end, a + room)))
             room -= taken[-1][1] - a
         return taken
 
-    def _hold(self, piece: Piece, taken: Spans, alone: bool) -> Held:
-        self.window.taken(piece, taken)
+    def _hand_over(self, queue: deque[Piece], taken: Spans, *, alone: bool, laned: bool = False) -> Held:
+        portion = queue[0].portion
+        self.window.taken(queue, taken)
         index, end = taken[0][0], taken[-1][1]
-        held = Held(self.number, index, end - index, piece.portion, taken, alone)
+        held = Held(self.number, index, end - index, portion, taken, alone)
         self.number += end - index
-        self.held.append(held)
-        self.holding += length(taken)
+        self._hold(held, laned=laned)
         return held
+
+    def _hold(self, held: Held, *, laned: bool = False) -> None:
+        self.held.append(held)
+        self.holding += length(held.spans)
+        if self.window.order is not None:
+            self.window.order.hold(self, held.portion, held.spans, laned=laned)
 
     def find(self, number: int) -> tuple[Portion, int] | None:
         """Return the portion and index of a delivery number that is held."""
@@ -163,22 +192,33 @@ class Delivery:
     def _release(self, upto: int) -> Iterator[tuple[Portion, Spans]]:
         while self.held and self.held[0].number + self.held[0].count <= upto:
             held = self.held.popleft()
-            self.holding -= length(held.spans)
+            self._let_go(held.portion, held.spans)
             yield held.portion, held.spans
         if self.held and self.held[0].number < upto:
             held = self.held[0]
             cut = held.index + upto - held.number
             ran = [(a, min(b, cut)) for a, b in held.spans if a < cut]
             held.spans = subtract(held.spans, ran)
-            self.holding -= length(ran)
+            self._let_go(held.portion, ran)
             yield held.portion, ran
             if not held.spans:
                 self.held.popleft()
+
+    def _let_go(self, portion: Portion, spans: Spans) -> None:
+        self.holding -= length(spans)
+        if self.window.order is not None:
+            self.window.order.release(portion, spans)
+
+    def _leave(self) -> None:
+        """Let what waits for this process alone wait for all again, behind what it gives back itself."""
+        if self.window.order is not None:
+            self.window.waiting.extendleft(reversed(self.window.order.give_back(self)))
 
     def give_back(self) -> None:
         """Return held events to the front of the inbox, in order."""
         self.generation += 1
         self.holding = 0
+        self._leave()
         while self.held:
             held = self.held.pop()
             self.window.put(Piece(held.portion, held.spans), self.window.waiting.appendleft)
@@ -195,6 +235,7 @@ class Delivery:
         self.held.clear()
         self.holding = 0
         self.generation += 1
+        self._leave()
         for piece in reversed(back):
             self.window.put(piece, self.window.waiting.appendleft)
         suspect(verdict)

@@ -6,9 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import inf
+from typing import TYPE_CHECKING
 
 from mphub.core.rows import Row
 from mphub.core.spans import Spans, contains, first_of, indexes, length, spans_of, subtract
+
+if TYPE_CHECKING:
+    from mphub.core.order import Order
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +51,8 @@ class Window:
     """The events that wait, in the order in which they start."""
 
     def __init__(self) -> None:
+        self.order: Order | None = None
+        """How ordering keys keep theirs, if they do."""
         self.waiting: deque[Piece] = deque()
         self.loaded = 0
         self.loaded_bytes = 0
@@ -88,14 +94,26 @@ class Window:
 
     def drop_waiting(self) -> list[Piece]:
         """Empty the inbox; what the process holds stays."""
+        self.gather()
         pieces = list(self.waiting)
         self.waiting.clear()
         self.loaded = self.loaded_bytes = 0
         self.expires = inf
         return pieces
 
+    def gather(self) -> None:
+        """Let what waits for one process alone wait for all again."""
+        if self.order is not None:
+            self.waiting.extendleft(reversed(self.order.empty()))
+
+    def resume(self, key: str) -> None:
+        """Let what waited behind a retry of its ordering key go before all others."""
+        if self.order is not None:
+            self.waiting.extendleft(reversed(self.order.resume(key)))
+
     def take_oldest(self, count: int) -> Iterator[tuple[Portion, Spans]]:
         """Take up to ``count`` events off the front of the inbox."""
+        self.gather()
         while count and self.waiting:
             piece = self.waiting[0]
             taken = first_of(piece.spans, count)
@@ -120,11 +138,12 @@ class Window:
         portion.attempts[index] = attempt
         self.put(Piece(portion, [(index, index + 1)]), self.waiting.appendleft)
 
-    def taken(self, piece: Piece, spans: Spans) -> None:
-        """Take events off the first piece."""
+    def taken(self, queue: deque[Piece], spans: Spans) -> None:
+        """Take events off the first piece of a queue."""
+        piece = queue[0]
         piece.spans = subtract(piece.spans, spans)
         if not piece.spans:
-            self.waiting.popleft()
+            queue.popleft()
         count = length(spans)
         self.loaded -= count
         self.loaded_bytes -= count * piece.portion.size

@@ -16,6 +16,7 @@ import msgspec
 from mphub import failpoints
 from mphub.core.delivery import Range, Verdict, parts_within
 from mphub.core.keys import nearest
+from mphub.core.order import ordering_key
 from mphub.core.rows import Row, part_of, share
 from mphub.core.spans import Spans, first_of, indexes, length, spans_of, subtract
 from mphub.core.table import RoutingTable
@@ -37,6 +38,8 @@ ADMIT = 0.75
 MAX_UNMATCHED_KEYS = 100
 GRAIN, REST = 0.01, 50
 """Seconds between two looks at what is too late to start: each goes through a whole window; and how often the time that one took."""
+HOT = 1000
+"""Events of one ordering key that wait while a replica is idle, from which a notice names the key."""
 SETTLED = 1 << 62
 """In place of a frame number: the death of that incarnation is settled."""
 _stored, _single, _progress = decoder(Stored), decoder(Single), decoder(Progress)
@@ -206,7 +209,7 @@ class Exchange:
     def drop_pending(self, box: Mailbox, reason: str) -> int:
         """Drop everything that waits, counted; requests end with Dropped."""
         dropped = 0
-        while box.window.waiting or box.tail is not None or box.delayed:
+        while box.has_waiting or box.delayed:
             self._load_delayed(box, inf)
             for piece in box.window.drop_waiting():
                 dropped += self._drop(box, piece.portion, piece.spans, reason)
@@ -235,6 +238,7 @@ class Exchange:
             self._fail_requests(box)
 
     def _fail_requests(self, box: Mailbox) -> None:
+        box.window.gather()
         for piece in list(box.window.waiting):
             if piece.portion.row.batch.reply:
                 self._fail_request(box, piece.portion, piece.spans)
@@ -426,7 +430,7 @@ class Exchange:
 
     def _drop_oldest(self, box: Mailbox, excess: int) -> None:
         """Drop what has waited longest; what the process has been given stays."""
-        while excess and (box.window.waiting or box.tail is not None):
+        while excess and box.has_waiting:
             for portion, spans in box.window.take_oldest(excess):
                 excess -= self._drop(box, portion, spans, "overflow")
             self.refill(box)
@@ -493,6 +497,8 @@ class Exchange:
         """Cut one event out into a row of its own that waits for its time."""
         batch, body = self.cut_out(portion.row, index)
         self._wait_until(box, batch, body, portion.row.epoch, attempt, due)
+        if box.window.order is not None:
+            box.window.order.retry(ordering_key(batch, 0))
         box.bytes += share(batch) - portion.size
         portion.finish([(index, index + 1)])
         self._close_if_done(box, portion)
@@ -609,6 +615,9 @@ class Exchange:
         while box.delayed and box.delayed[0][0] <= now and len(due) < room:
             _, number = heapq.heappop(box.delayed)
             self.load_single(box, number, due.append)
+        for portion in due if box.spec.ordered else ():
+            if portion.attempts:
+                box.window.resume(ordering_key(portion.row.batch, 0))
         box.window.add_due(due)
 
     def load_single(self, box: Mailbox, number: int, put: Callable[[Portion], None]) -> None:
@@ -711,6 +720,17 @@ class Exchange:
     def _note_full(self, box: Mailbox) -> None:
         box.update_full()
         (self.full.add if box.full else self.full.discard)(box)
+
+    def note_hot_key(self, box: Mailbox) -> None:
+        """Tell if nearly all that waits is of one ordering key, so that one replica works and others idle."""
+        assert box.window.order is not None
+        key, count = box.window.order.hottest()
+        if count >= HOT and key != box.hot_key:
+            box.hot_key = key
+            message = (
+                f"a replica is idle while {count} events of ordering key {key!r} wait for the one that has that: finer keys would share it"
+            )
+            self.tell("hot_key", box.name, message, key=key)
 
     def tell(self, kind: str, subscriber: str | None, message: str, count: int = 1, **details: object) -> None:
         self.news.append(News(kind, subscriber, message, details, count))

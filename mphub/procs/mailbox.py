@@ -10,8 +10,10 @@ from math import inf
 
 import msgspec
 
+from mphub.core.order import Order
 from mphub.core.rows import Row, share
 from mphub.core.window import Portion, Window
+from mphub.options import MOST
 from mphub.store.journal import Counters, Single, SubscriberState
 from mphub.wire.frames import encode
 from mphub.wire.specs import Spec, Surroundings
@@ -49,6 +51,10 @@ class Mailbox:
     noted: set[int] = field(default_factory=set)
     """Rows with a progress row in the journal."""
     max_bytes: int = 0
+    even_at: float = 0.0
+    """When ordering keys may be dealt out anew, by the monotonic clock."""
+    hot_key: str = ""
+    """The last one that a notice has named."""
     samples: deque[float] = field(default_factory=lambda: deque(maxlen=200))
     """Seconds a handler took, a mean for each report."""
 
@@ -61,6 +67,9 @@ class Mailbox:
     def adopt(self, spec: Spec, admitted: int) -> None:
         """Follow another subscription of the same name."""
         self.spec = spec
+        if spec.ordered != (self.window.order is not None):
+            self.window.gather()
+            self.window.order = Order() if spec.ordered else None
         self.max_bytes = min(int(spec.inbox.max_bytes), admitted // 2)
 
     def bury(self) -> None:
@@ -107,13 +116,13 @@ class Mailbox:
 
     @property
     def has_waiting(self) -> bool:
-        return bool(self.window.waiting) or self.tail is not None
+        return self.window.loaded > 0 or self.tail is not None
 
     @property
     def due(self) -> float:
         """When there is something to do though nothing arrives: seconds since the epoch."""
         expires = inf if self.unmet else self.window.expires
-        return min(self.delayed[0][0], expires) if self.delayed and self.wants_more() else expires
+        return min(self.delayed[0][0], expires) if self.delayed and self.window_room() else expires
 
     @property
     def pending(self) -> int:
@@ -129,7 +138,9 @@ class Mailbox:
         return window.loaded < WINDOW_EVENTS and window.loaded_bytes < WINDOW_BYTES
 
     def window_room(self) -> int:
-        """Return how many events of their own rows the window takes."""
+        """Return how many events of their own rows the window takes; all, if what it has may wait for one of them."""
+        if self.spec.ordered:
+            return MOST
         return WINDOW_EVENTS - self.window.loaded if self.wants_more() else 0
 
     def runs_low(self) -> bool:

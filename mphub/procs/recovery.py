@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mphub.core.order import ordering_key
 from mphub.core.rows import share
 from mphub.core.spans import length
 from mphub.procs.mailbox import Mailbox, single_portion
@@ -104,5 +105,9 @@ def load_singles(exchange: Exchange, box: Mailbox) -> None:
         exchange.references.hold_for(number, single.batch.blob)
         if single.due:
             heapq.heappush(box.delayed, (single.due, number))
+            if single.attempt > 1 and box.window.order is not None:
+                box.window.order.retry(ordering_key(single.batch, 0))
+        elif single.attempt > 1 and box.spec.ordered:
+            box.window.add_due([single_portion(number, single)])  # its time had come: before those that waited behind it
         else:
             box.load(single_portion(number, single))

@@ -66,6 +66,8 @@ LONGEST_WAIT = 3600.0
 """Seconds; a selector refuses to wait for more than some weeks."""
 CENSUS = 1.0
 """Seconds between two looks whether publishers that are not connected live."""
+EVEN_REST = 20
+"""Times as long as a look at all that waits took until the next one: a twentieth of the router's time at most."""
 HALF = frames.HEAD.pack(0, frames.DELIVER, 0)
 """The begin of a frame that its sender does not live to write."""
 _batch, _report, _call = decoder(Batch), decoder(Report), decoder(Call)
@@ -136,7 +138,7 @@ class Router:
                 failpoints.hit("router.committing")
             failpoints.hit("router.committed")
         for seat in self._seats_in_turn():
-            if seat.box.window.waiting or seat.unconfirmed > seat.patience:
+            if seat.box.window.loaded or seat.unconfirmed > seat.patience:
                 self._pump(seat)
         failpoints.hit("router.delivered")
         if self.exchange.letters.replies:
@@ -384,13 +386,30 @@ class Router:
         if stream is None:
             return
         if seat.may_take() and self.exchange.informed:
-            share = self._share(seat) if seat.box in self.shared else SLOTS
-            while share > 0 and len(stream.out) < MAX_AHEAD and (held := seat.delivery.take(share)) is not None:
-                share -= length(held.spans)
-                self._hand_out(seat, stream, held)
+            self._deal(seat, stream)
+            order = seat.box.window.order
+            if order is not None and order.lanes and not seat.delivery.holding:
+                self._even_out(seat, stream)
         if seat.unconfirmed > seat.patience:
             seat.unconfirmed = 0
             stream.send(frames.REPORT_CONFIRM, encode(seat.told))
+
+    def _deal(self, seat: Seat, stream: Stream) -> None:
+        share = self._share(seat) if seat.box in self.shared else SLOTS
+        while share > 0 and len(stream.out) < MAX_AHEAD and (held := seat.delivery.take(share)) is not None:
+            share -= length(held.spans)
+            self._hand_out(seat, stream, held)
+
+    def _even_out(self, seat: Seat, stream: Stream) -> None:
+        """Let a replica without work have what waits for others alone, but for the keys that they hold events of."""
+        box, now = seat.box, time.monotonic()
+        if now < box.even_at:
+            return
+        box.window.gather()
+        self._deal(seat, stream)
+        box.even_at = now + EVEN_REST * (time.monotonic() - now)
+        if not seat.delivery.holding:
+            self.exchange.note_hot_key(box)
 
     def _seats_in_turn(self) -> Iterable[Seat]:
         """Return all seats; of replicas the least busy first."""
@@ -492,6 +511,7 @@ class Router:
         if seat is not None and not seat.stopping:
             seat.stopping, seat.patience = True, 0
             self._recall(seat)
+            seat.box.window.gather()  # what waits for it alone is for others
             if seat.stream is not None:
                 seat.stream.send(frames.STOP)
 

@@ -18,6 +18,7 @@ from mphub.connection import Address, connection_to
 from mphub.core.delivery import DONE, FAILED, FILTERED, HANDLED, RUNNING
 from mphub.core.keys import matches
 from mphub.core.rows import event_of
+from mphub.core.spans import spans_of
 from mphub.errors import HubError, Reject, RetryLater
 from mphub.events import Event, EventId
 from mphub.procs import handlers
@@ -70,8 +71,8 @@ class Worker:
         self.replies: list[ReplyRow] = []
         self.filtered: list[int] = []
         self.frame = 0
-        self.claims: deque[tuple[int, int]] = deque()
-        """(first delivery number, count) of what it has run and does not know to be committed."""
+        self.claims: deque[tuple[int, int, list[int] | None]] = deque()
+        """(first delivery number, count, offsets in there unless all) of what it has run and does not know to be committed."""
         self.generation = 0
         self.upto = 0
         self.last_report = 0.0
@@ -149,7 +150,9 @@ class Worker:
         while True:
             try:
                 line = Line.connect(self.address.data)
-                hello = HelloSubscriber(self.address.token, self.incarnation, self.is_ready, list(self.claims), self.generation, self.frame)
+                hello = HelloSubscriber(
+                    self.address.token, self.incarnation, self.is_ready, list(self._runs_claimed()), self.generation, self.frame
+                )
                 line.send(frames.HELLO_SUBSCRIBER, encode(hello))
             except OSError:
                 time.sleep(0.01)  # between two routers; without a supervisor this process dies anyway
@@ -194,7 +197,7 @@ class Worker:
                 if deliver.generation < self.generation:
                     continue  # handed out before this process gave everything back
                 self.generation = deliver.generation
-                self.claims.append((deliver.number, deliver.count))
+                self.claims.append((deliver.number, deliver.count, deliver.chosen))
                 yield deliver, body
             else:
                 self._digest(kind, header, body)
@@ -207,8 +210,14 @@ class Worker:
         upto = 0
         while self.unconfirmed and self.unconfirmed[0][0] <= frame:
             upto = self.unconfirmed.popleft()[1]
-        while self.claims and sum(self.claims[0]) <= upto:
+        while self.claims and self.claims[0][0] + self.claims[0][1] <= upto:
             self.claims.popleft()
+
+    def _runs_claimed(self) -> Iterator[tuple[int, int]]:
+        """Yield (first delivery number, count) of what is claimed: what lies in between may be another replica's."""
+        for first, count, chosen in self.claims:
+            runs = [(0, count)] if chosen is None else spans_of(offset for offset in chosen if offset < count)
+            yield from ((first + a, b - a) for a, b in runs)
 
     def _send(self, kind: int, header: bytes = b"") -> None:
         self._write(frames.frame(kind, header))
@@ -369,7 +378,7 @@ class Worker:
         raise error
 
     def _failed(self, place: int, error: BaseException) -> None:
-        """Note a failure; a retry without delay goes before everything that this process holds."""
+        """Note a failure; a retry without delay goes before everything that this process holds, an ordered one before its key's events."""
         assert self.deliver is not None
         number = self.deliver.number + self.offsets[place]
         self.board.map[Board.base + number % SLOTS] = FAILED
@@ -378,7 +387,7 @@ class Worker:
         text = codec.traceback_text(error)
         self.failures.append(Failure.here(number, reason, codec.encode_error(error), text, retry, delay))
         self.upto = number + 1
-        if retry and delay <= 0:
+        if retry and (delay <= 0 or self.spec.ordered):
             self._return_rest(place + 1)
         elif len(self.failures) >= 16:
             self._report()
@@ -392,9 +401,9 @@ class Worker:
 
     def _return_rest(self, ran: int) -> None:
         """Report what has run, and that all the rest that this process holds, here and under way, is the router's again."""
-        first, _ = self.claims.pop()
+        first, _, chosen = self.claims.pop()
         if self.upto > first:  # else nothing of the frame was started
-            self.claims.append((first, self.upto - first))
+            self.claims.append((first, self.upto - first, chosen))
         self._measure(ran)
         self._report(returned=True)
         self.generation += 1

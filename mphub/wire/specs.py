@@ -31,5 +31,7 @@ class Spec(msgspec.Struct, frozen=True):
     snapshot: Snapshot | None = None
     answers: bool = True
     replicas: int = 1
+    ordered: bool = False
+    """Events of one ordering key are handled one after the other, by whatever process."""
     initializer: bytes = b""
     """Pickled; called in each process before the handler is loaded."""
