@@ -42,6 +42,7 @@ from mphub.observe.statistics import HubStatistics
 from mphub.options import (
     Inbox,
     Limits,
+    Rate,
     Restart,
     Retry,
     Snapshot,
@@ -385,7 +386,7 @@ class EventHub:
         process: str | None = None,
         batch: None = None,
         where: Where = None,
-        rate: None = None,
+        rate: Rate | None = None,
         recycle: None = None,
         env: Mapping[str, str] | None = None,
         replace: bool = False,
@@ -397,9 +398,11 @@ class EventHub:
         Raises InvalidKey, InvalidOption, PayloadError (the handler cannot be pickled), NameTaken.
         """
         refuse_unavailable(concurrency=(concurrency, 1), process=(process, None))
-        refuse_unavailable(batch=(batch, None), rate=(rate, None), recycle=(recycle, None))
+        refuse_unavailable(batch=(batch, None), recycle=(recycle, None))
         refuse_unavailable(start=(start, "new"))
-        check_types(inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool), ordered=(ordered, bool))
+        check_types(
+            rate=(rate, Rate | None), inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool), ordered=(ordered, bool)
+        )
         if self._kind == "inline" and limits.timeout is not None:
             raise InvalidOption("limits(timeout): the inline engine runs handlers in your thread and cannot end one; use engine='process'")
         if self._kind == "inline" and env:
@@ -409,7 +412,8 @@ class EventHub:
         with self._lock:
             free = self._subscriptions.free_name(handler, name, replace=replace or is_interactive())
             spec = make_spec(
-                keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where, ordered,
+                keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where,
+                ordered, rate,
             )  # fmt: skip
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             self._refuse_leaving(spec.name)

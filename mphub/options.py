@@ -209,6 +209,19 @@ class Stop(msgspec.Struct, frozen=True):
         check_number("Stop", "term", self.term, 0)
 
 
+class Rate(msgspec.Struct, frozen=True):
+    """At most ``count`` events start in any ``per`` seconds; what exceeds that waits, or is dropped on arrival, counted as ``rate``."""
+
+    count: int
+    per: float
+    excess: str = "wait"
+
+    def __post_init__(self) -> None:
+        check_number("Rate", "count", self.count, 1, whole=True)
+        check_number("Rate", "per", self.per, 0, above=True)
+        check_choice("Rate", "excess", self.excess, ("wait", "drop"))
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """When a subscriber's state is committed: after ``every`` events or ``period`` seconds, and at once when it is idle."""
 

@@ -13,7 +13,7 @@ import msgspec
 from mphub.core.keys import check_key, check_name, check_pattern
 from mphub.errors import InvalidKey, InvalidOption
 from mphub.events import Topic, str_of
-from mphub.options import Inbox, Limits, Restart, Retry, Snapshot
+from mphub.options import Inbox, Limits, Rate, Restart, Retry, Snapshot
 from mphub.procs import boot, handlers
 from mphub.subscriber import Subscriber
 from mphub.wire import codec
@@ -45,7 +45,7 @@ class SubscribeOptions(TypedDict, total=False):
     process: str | None
     batch: None
     where: Where
-    rate: None
+    rate: Rate | None
     recycle: None
     env: Mapping[str, str] | None
     replace: bool
@@ -59,7 +59,7 @@ Handler = Callable[..., object] | type[Subscriber[Any, Any]] | Subscriber[Any, A
 def make_spec(
     keys: str | Topic[Any] | Sequence[str | Topic[Any]], handler: Handler, name: str, to: str | Topic[Any] | None,
     retry: Retry, restart: Restart, inbox: Inbox, limits: Limits, snapshot: Snapshot | None, replicas: int | str,
-    env: Mapping[str, str] | None, initializer: bytes, where: Where, ordered: bool,
+    env: Mapping[str, str] | None, initializer: bytes, where: Where, ordered: bool, rate: Rate | None,
 ) -> Spec:  # fmt: skip
     """Check a subscription and pickle its handler.
 
@@ -77,7 +77,7 @@ def make_spec(
         surroundings=surroundings(env or {}), initializer=initializer,
         inbox=inbox, limits=limits, restart=restart, max_attempts=retry.max_attempts,
         snapshot=snapshot_rule(cls, snapshot), answers=True if cls is None else cls.answers,
-        replicas=replicas_of(replicas), ordered=ordered,
+        replicas=replicas_of(replicas), ordered=ordered, rate=rate,
     )  # fmt: skip
 
 

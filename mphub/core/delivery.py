@@ -16,6 +16,7 @@ WAITING, RUNNING, HANDLED, DONE, FAILED, FILTERED = range(6)
 
 Range = tuple[int, int, int, int]
 """What was handed out together: (first delivery number, count, row, index of the first event)."""
+MAX_EVENTS = 1 << 62
 MAX_HELD = 1000
 """Ranges that one process holds; a board remembers 1024."""
 
@@ -93,9 +94,9 @@ class Delivery:
             if piece.spans:
                 self.window.put(piece, self.window.waiting.append)
 
-    def take(self, most: int | None = None) -> Held | None:
+    def take(self, most: int = MAX_EVENTS) -> Held | None:
         """Move the next events, as far as credit goes and at most so many, from waiting to held."""
-        if not self.window.loaded or (room := self._room() if most is None else min(self._room(), most)) <= 0:
+        if not self.window.loaded or (room := min(self._room(), most)) <= 0:
             return None
         return self._take(self.window.waiting, room) if self.window.order is None else self._take_in_order(self.window.order, room)
 

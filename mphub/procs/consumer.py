@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mphub.core.credit import Credit
-from mphub.core.delivery import Delivery
+from mphub.core.delivery import Delivery, Held
+from mphub.core.spans import length
 from mphub.procs.mailbox import Mailbox
 from mphub.store.board import SLOTS
 
@@ -15,6 +16,16 @@ class Consumer:
         self.incarnation, self.box, self.replica = incarnation, box, replica
         every = box.spec.snapshot.every if box.spec.snapshot else 1
         self.delivery = Delivery(box.window, box.spec.max_attempts, Credit(cap=SLOTS // 2, least=every), SLOTS)
+
+    def take(self, most: int, now: float) -> Held | None:
+        """Take the next events, at most so many, as far as credit and the subscriber's rate go."""
+        quota = self.box.quota
+        if quota is None:
+            return self.delivery.take(most)
+        held = self.delivery.take(min(most, quota.room(now)))
+        if held is not None:
+            quota.spend(now, length(held.spans))
+        return held
 
     @property
     def snapshot_key(self) -> str:

@@ -17,6 +17,7 @@ from mphub import failpoints
 from mphub.core.delivery import Range, Verdict, parts_within
 from mphub.core.keys import nearest
 from mphub.core.order import ordering_key
+from mphub.core.rate import Quota
 from mphub.core.rows import Row, part_of, share
 from mphub.core.spans import Spans, first_of, indexes, length, spans_of, subtract
 from mphub.core.table import RoutingTable
@@ -309,7 +310,7 @@ class Exchange:
         late = [index for index in indexes(spans) if index in later]
         spans = subtract(spans, spans_of(late))
         if box.overflow != "block" and (excess := late[max(0, box.spec.inbox.maxsize - len(box.delayed)) :]):
-            self._refuse(box, row, spans_of(excess))
+            self._overflow(box, row, spans_of(excess))
             late = late[: -len(excess)]
         for index in late:
             batch, body = self.cut_out(row, index)
@@ -398,23 +399,41 @@ class Exchange:
             box.counters.dead += length(spans)
             self.touch(box)
             return []
+        if box.sieve is not None:
+            spans = self._sift(box, box.sieve, row, spans)
         if box.overflow in ("block", "drop_oldest"):
             return spans
         taken = first_of(spans, box.room())
         if excess := subtract(spans, taken):
-            self._refuse(box, row, excess)
+            self._overflow(box, row, excess)
         return taken
 
-    def _refuse(self, box: Mailbox, row: Row, spans: Spans) -> None:
-        """Drop new events, or make dead letters of them."""
-        box.counters.accepted += length(spans)
-        self.touch(box)
+    def _sift(self, box: Mailbox, quota: Quota, row: Row, spans: Spans) -> Spans:
+        """Drop new events that exceed the subscriber's rate; return the others."""
+        now = self.clock()
+        taken = first_of(spans, quota.room(now))
+        if taken:
+            quota.spend(now, length(taken))
+        if excess := subtract(spans, taken):
+            self._refuse(box, row, excess, "rate")
+        return taken
+
+    def _overflow(self, box: Mailbox, row: Row, spans: Spans) -> None:
+        """Drop new events that the inbox has no room for, or make dead letters of them."""
         if box.overflow == "dead_letter":
+            box.counters.accepted += length(spans)
+            self.touch(box)
             self.letters.bury_untried(box, row, spans, "overflow")
-            return
+        else:
+            self._refuse(box, row, spans, "overflow")
+
+    def _refuse(self, box: Mailbox, row: Row, spans: Spans, reason: str) -> None:
+        """Drop new events."""
+        self.touch(box)
+        box.counters.accepted += length(spans)
         if row.batch.reply:
-            self._answer_all(row, spans, "dropped", encode("overflow"))
-        box.counters.drop("overflow", length(spans))
+            self._answer_all(row, spans, "dropped", encode(reason))
+        box.counters.drop(reason, length(spans))
 
     def _answer_all(self, row: Row, spans: Spans, outcome: str, body: bytes) -> None:
         for index in indexes(spans):
@@ -596,6 +615,8 @@ class Exchange:
             if box.due <= now:
                 self._load_delayed(box, now)
                 self._expire(box, now)
+                if box.quota is not None:
+                    box.quota.room(now)
 
     def _expire(self, box: Mailbox, now: float) -> bool:
         """Drop what should have started before now; say whether there was something."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from math import inf
 from typing import Any
 
 import msgspec
@@ -251,18 +252,17 @@ class Inline:
         self._answer()
         posts = self.posts.values()  # but those of handlers that wait for an answer
         waiting = [post for post in posts if post.box.window.waiting and not post.delivery.held and post.box.status != "PAUSED"]
-        if not waiting:
-            return self._wait_for_retry()
-        post = min(waiting, key=lambda post: post.box.window.waiting[0].portion.row.id)
-        held = post.delivery.take()
-        if held is not None:
-            self._run(post, held)
-        return True
+        for post in sorted(waiting, key=lambda post: post.box.window.waiting[0].portion.row.id):
+            held = post.take(1, time.time())
+            if held is not None:
+                self._run(post, held)
+                return True
+        return self._wait()
 
-    def _wait_for_retry(self) -> bool:
-        moving = [post.box for post in self.posts.values() if post.box.delayed and not post.box.is_at_rest]
-        due = min((box.delayed[0][0] for box in moving), default=0.0)
-        if not moving and not self.exchange.is_due(time.time()):
+    def _wait(self) -> bool:
+        """Sleep until a retry is due or a rate lets more start; say whether there is something to wait for."""
+        due = min((post.box.starts_at for post in self.posts.values() if not post.box.is_at_rest), default=inf)
+        if due == inf and not self.exchange.is_due(time.time()):
             return False
         time.sleep(max(0.0, due - time.time()))
         with self.exchange.turn():

@@ -11,6 +11,7 @@ from math import inf
 import msgspec
 
 from mphub.core.order import Order
+from mphub.core.rate import Quota
 from mphub.core.rows import Row, share
 from mphub.core.window import Portion, Window
 from mphub.options import MOST
@@ -51,6 +52,10 @@ class Mailbox:
     noted: set[int] = field(default_factory=set)
     """Rows with a progress row in the journal."""
     max_bytes: int = 0
+    quota: Quota | None = None
+    """Of what starts."""
+    sieve: Quota | None = None
+    """Of what is taken in; the rest is dropped."""
     even_at: float = 0.0
     """When ordering keys may be dealt out anew, by the monotonic clock."""
     hot_key: str = ""
@@ -67,6 +72,9 @@ class Mailbox:
     def adopt(self, spec: Spec, admitted: int) -> None:
         """Follow another subscription of the same name."""
         self.spec = spec
+        quota = None if spec.rate is None else Quota(spec.rate.count, spec.rate.per, self.state.grants)
+        drops = spec.rate is not None and spec.rate.excess == "drop"
+        self.quota, self.sieve = (None, quota) if drops else (quota, None)
         if spec.ordered != (self.window.order is not None):
             self.window.gather()
             self.window.order = Order() if spec.ordered else None
@@ -121,8 +129,13 @@ class Mailbox:
     @property
     def due(self) -> float:
         """When there is something to do though nothing arrives: seconds since the epoch."""
-        expires = inf if self.unmet else self.window.expires
-        return min(self.delayed[0][0], expires) if self.delayed and self.window_room() else expires
+        return self.starts_at if self.unmet else min(self.window.expires, self.starts_at)
+
+    @property
+    def starts_at(self) -> float:
+        """When something may start that waits for its time or for the subscriber's rate."""
+        delayed = self.delayed[0][0] if self.delayed and self.window_room() else inf
+        return delayed if self.quota is None or not self.window.loaded else min(delayed, self.quota.opens_at)
 
     @property
     def pending(self) -> int:

@@ -395,8 +395,8 @@ class Router:
             stream.send(frames.REPORT_CONFIRM, encode(seat.told))
 
     def _deal(self, seat: Seat, stream: Stream) -> None:
-        share = self._share(seat) if seat.box in self.shared else SLOTS
-        while share > 0 and len(stream.out) < MAX_AHEAD and (held := seat.delivery.take(share)) is not None:
+        share, now = self._share(seat) if seat.box in self.shared else SLOTS, time.time()
+        while share > 0 and len(stream.out) < MAX_AHEAD and (held := seat.take(share, now)) is not None:
             share -= length(held.spans)
             self._hand_out(seat, stream, held)
 

@@ -114,6 +114,8 @@ class SubscriberState(msgspec.Struct, array_like=True, gc=False):
     cursor: int
     """Everything in rows before this one is finished for it."""
     counters: Counters
+    grants: list[tuple[float, int]] = []
+    """Of a subscriber with a rate: when it was given how many events."""
 
 
 class Dead(msgspec.Struct, array_like=True, frozen=True, gc=False):

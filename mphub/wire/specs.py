@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from mphub.options import Inbox, Limits, Restart, Snapshot
+from mphub.options import Inbox, Limits, Rate, Restart, Snapshot
 
 
 class Surroundings(msgspec.Struct, frozen=True):
@@ -31,6 +31,7 @@ class Spec(msgspec.Struct, frozen=True):
     snapshot: Snapshot | None = None
     answers: bool = True
     replicas: int = 1
+    rate: Rate | None = None
     ordered: bool = False
     """Events of one ordering key are handled one after the other, by whatever process."""
     initializer: bytes = b""
