@@ -646,7 +646,6 @@ def test_what_is_not_there_yet_is_refused_with_a_sentence(engine: str) -> None:
         {"concurrency": 2}, {"process": "other"}, {"batch": 10},
         {"recycle": 1}, {"start": "all"},
     ]  # fmt: skip
-    publishing: list[dict[str, Any]] = [{"priority": 1}]
     making: list[dict[str, Any]] = [
         {"path": "folder"}, {"codec": "json"}, {"durability": "power"}, {"retention": 1}, {"notify": ["mailto:a"]},
         {"dashboard": 80},
@@ -659,13 +658,6 @@ def test_what_is_not_there_yet_is_refused_with_a_sentence(engine: str) -> None:
     for options in making:
         with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}: got .* this version has only"):
             EventHub(engine=engine, **options)
-    hub.subscribe("k", len)
-    with hub:
-        for options in publishing:
-            with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}: got .* this version has only"):
-                hub.publish("k", "", **options)
-            with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}: got .* this version has only"):
-                asyncio.run(hub.publish_async("k", "", **options))
 
 
 def test_wrong_uses_are_refused_at_once(engine: str) -> None:

@@ -30,9 +30,13 @@ class Row:
 
     def cut(self, spans: list[tuple[int, int]]) -> bytes:
         """Return a body with some of the events alone; a row that is cut once is cut again and again."""
+        events = self.events()
+        return join([event for a, b in spans for event in events[a:b]])
+
+    def events(self) -> list[bytes]:
         if self._events is None:
             self._events = split(self.body)
-        return join([event for a, b in spans for event in self._events[a:b]])
+        return self._events
 
     def replace(self, body: bytes) -> None:
         """Follow a row whose finished events have been blanked."""
@@ -69,6 +73,6 @@ def event_of(batch: Batch, index: int, payload: object, attempt: int, replica: i
     extra = (batch.extras or {}).get(index, Extra())
     return Event(
         id=EventId.make(batch.publisher, batch.number + index), key=batch.key(index), payload=payload,
-        ordering_key=extra.ordering_key, priority=0, headers=extra.headers or {}, published_at=batch.published_at,
+        ordering_key=extra.ordering_key, priority=extra.priority, headers=extra.headers or {}, published_at=batch.published_at,
         attempt=attempt, replica=replica, cancelled=False,
     )  # fmt: skip

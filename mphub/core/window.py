@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from mphub.core.order import Order
 
 
+NORMAL = (0, inf)
+"""The place of an event without priority that has not waited for its time."""
+
+
 @dataclass(slots=True, eq=False)
 class Portion:
     """The events of one row that are for one subscriber."""
@@ -27,10 +31,17 @@ class Portion:
     """index -> number of its next run, of those that run alone: it is not their first, or they are suspected."""
     due: float = 0.0
     """When it was to start, if it had to wait for its time: seconds since the epoch."""
+    rank: int = 0
+    """Lower ones start first: the priority, turned round."""
 
     @property
     def count(self) -> int:
         return length(self.todo)
+
+    @property
+    def place(self) -> tuple[int, float]:
+        """Where it belongs among what waits."""
+        return self.rank, self.due or inf
 
     def finish(self, spans: Spans) -> None:
         """Take events off the list."""
@@ -60,17 +71,34 @@ class Window:
         """When the first of them is too late to start: seconds since the epoch."""
 
     def add(self, portion: Portion) -> None:
-        """Append the events of a portion."""
+        """Append the events of a portion; what is less urgent stays behind it."""
+        behind: list[Piece] = []
+        while self.waiting and self.waiting[-1].portion.rank > portion.rank:
+            behind.append(self.waiting.pop())
         self.put(Piece(portion, portion.todo), self.waiting.append)
+        self.waiting.extend(reversed(behind))
 
-    def add_due(self, portions: Iterable[Portion]) -> None:
-        """Put events whose time has come before all others, among themselves in the order of their times."""
-        due: list[Piece] = []
-        while self.waiting and self.waiting[0].portion.due:
-            due.append(self.waiting.popleft())
+    def add_early(self, portions: Iterable[Portion]) -> None:
+        """Put what is urgent or due before all others: by priority, then in the order of their times."""
+        early: list[Piece] = []
+        while self.waiting and self.waiting[0].portion.place < NORMAL:
+            early.append(self.waiting.popleft())
         for portion in portions:
-            self.put(Piece(portion, portion.todo), due.append)
-        self.waiting.extendleft(sorted(due, key=lambda piece: piece.portion.due)[::-1])
+            self.put(Piece(portion, portion.todo), early.append)
+        self.waiting.extendleft(sorted(early, key=lambda piece: piece.portion.place)[::-1])
+
+    def worst_urgent(self) -> tuple[int, int]:
+        """Return how many urgent events come first, and the rank of the last of them."""
+        count = rank = 0
+        for piece in self.waiting:
+            if piece.portion.rank >= 0:
+                break
+            count, rank = count + 1, piece.portion.rank
+        return count, rank
+
+    def ends_behind(self, rank: int) -> bool:
+        """Say whether something waits last that is less urgent than that."""
+        return bool(self.waiting) and self.waiting[-1].portion.rank > rank
 
     def put(self, piece: Piece, put: Callable[[Piece], None]) -> None:
         put(piece)
@@ -115,11 +143,12 @@ class Window:
         """Take up to ``count`` events off the front of the inbox."""
         self.gather()
         while count and self.waiting:
-            piece = self.waiting[0]
+            place = next((place for place, piece in enumerate(self.waiting) if piece.portion.rank >= 0), 0)  # what is urgent goes last
+            piece = self.waiting[place]
             taken = first_of(piece.spans, count)
             piece.spans = subtract(piece.spans, taken)
             if not piece.spans:
-                self.waiting.popleft()
+                del self.waiting[place]
             gone = length(taken)
             count -= gone
             self.loaded -= gone

@@ -25,18 +25,20 @@ from mphub.core.window import Portion
 from mphub.errors import JournalError
 from mphub.procs.consumer import Consumer
 from mphub.procs.letters import Cause, Letters
-from mphub.procs.mailbox import LASTING, Mailbox, single_portion
+from mphub.procs.mailbox import LASTING, Mailbox, rank_of, single_portion
 from mphub.procs.recovery import recover
 from mphub.procs.room import Room
 from mphub.store.blobs import Blobs, References
 from mphub.store.board import Board
 from mphub.store.journal import Counters, Keeper, Progress, Single, Stored, SubscriberState, Turn
-from mphub.wire.frames import Batch, Failure, ReplyRow, Report, decoder, encode, join, split, views
+from mphub.wire.frames import Batch, Extra, Failure, ReplyRow, Report, decoder, encode, join, views
 from mphub.wire.specs import Spec
 
 ADMIT = 0.75
 """Share of max_bytes for events; the rest is for outputs, acks and dead letters."""
 MAX_UNMATCHED_KEYS = 100
+AT_HAND = 100
+"""Events with a priority that are in the window; the others wait in the journal."""
 GRAIN, REST = 0.01, 50
 """Seconds between two looks at what is too late to start: each goes through a whole window; and how often the time that one took."""
 HOT = 1000
@@ -130,6 +132,8 @@ class Exchange:
         for box, portions in self._dirty.items():
             if box.runs_low():
                 self.refill(box)
+            if box.ranked:
+                self.load_ranked(box)
             for row in box.advance(self.next_row):
                 self.journal.delete("progress", progress_key(box, row))
             self._write_progress(box, portions)
@@ -299,25 +303,35 @@ class Exchange:
         self.accepted += row.count
         self.references.hold(batch.blob)
         taken = {box: left for box, spans in matched.items() if (left := self._admit(box, row, spans))}
-        if batch.extras is not None and (later := {i: extra.due for i, extra in batch.extras.items() if extra.due > self.clock()}):
-            taken = {box: left for box, spans in taken.items() if (left := self._put_off(box, row, spans, later))}
+        if batch.extras is not None and (apart := set_apart(batch.extras, self.clock())):
+            taken = {box: left for box, spans in taken.items() if (left := self._set_apart(box, row, spans, apart))}
         if taken:
             self._store(row, taken)
         self.references.drop(batch.blob)
 
-    def _put_off(self, box: Mailbox, row: Row, spans: Spans, later: dict[int, float]) -> Spans:
-        """Let events wait for their time in rows of their own; return the others."""
-        late = [index for index in indexes(spans) if index in later]
-        spans = subtract(spans, spans_of(late))
+    def _set_apart(self, box: Mailbox, row: Row, spans: Spans, apart: dict[int, float]) -> Spans:
+        """Let events wait in rows of their own for their time, or by their priority; return the others."""
+        found = [index for index in indexes(spans) if index in apart]
+        self._put_off(box, row, [index for index in found if apart[index]], apart)
+        for index in found:
+            if not apart[index]:
+                batch, body = self.cut_out(row, index)
+                box.take_in(row.epoch, 1, share(batch))
+                box.wait_by_rank(rank_of(batch), self.make_single(box, batch, body, row.epoch, 1, 0.0))
+        if box.overflow == "drop_oldest" and not box.unmet:
+            self._drop_oldest(box, max(0, box.pending - box.spec.inbox.maxsize))
+        self.touch(box)
+        return subtract(spans, spans_of(found))
+
+    def _put_off(self, box: Mailbox, row: Row, late: list[int], due: dict[int, float]) -> None:
+        """Let events wait for their time."""
         if box.overflow != "block" and (excess := late[max(0, box.spec.inbox.maxsize - len(box.delayed)) :]):
             self._overflow(box, row, spans_of(excess))
             late = late[: -len(excess)]
         for index in late:
             batch, body = self.cut_out(row, index)
             box.take_in(row.epoch, 1, share(batch))
-            self._wait_until(box, batch, body, row.epoch, 1, later[index])
-        self.touch(box)
-        return spans
+            self._wait_until(box, batch, body, row.epoch, 1, due[index])
 
     def _store(self, row: Row, taken: dict[Mailbox, Spans]) -> None:
         whole = [(0, row.count)]
@@ -529,7 +543,7 @@ class Exchange:
         """Return one event alone: (header, an array of its pickle, empty if that is a blob)."""
         if row.is_blob:
             return row.batch, b""
-        events = views(self.blobs.read(row.batch.blob)) if row.batch.blob is not None else split(row.body)
+        events = views(self.blobs.read(row.batch.blob)) if row.batch.blob is not None else row.events()
         data, blob = self.blobs.spill(bytes(events[index]))
         return part_of(row.batch, index, index + 1, len(events[index]), blob), join([data]) if blob is None else b""
 
@@ -636,10 +650,29 @@ class Exchange:
         while box.delayed and box.delayed[0][0] <= now and len(due) < room:
             _, number = heapq.heappop(box.delayed)
             self.load_single(box, number, due.append)
+        for portion in [portion for portion in due if portion.rank and not portion.attempts]:
+            due.remove(portion)
+            box.wait_by_rank(portion.rank, portion.row.id, portion.due)
         for portion in due if box.spec.ordered else ():
             if portion.attempts:
                 box.window.resume(ordering_key(portion.row.batch, 0))
-        box.window.add_due(due)
+        box.window.add_early(due)
+        self.load_ranked(box)
+
+    def load_ranked(self, box: Mailbox) -> None:
+        """Have the most urgent events in the window, before all others, and the less urgent ones once there are no others."""
+        count, worst = box.window.worst_urgent()
+        urgent: list[Portion] = []
+        while box.ranked and box.ranked[0][0] < 0 and (count < AT_HAND or box.ranked[0][0] < worst):
+            rank, _, number = heapq.heappop(box.ranked)
+            self.load_single(box, number, urgent.append)
+            count, worst = count + 1, max(worst, rank)
+        if urgent:
+            box.window.add_early(urgent)
+        room = AT_HAND if not box.window.loaded and box.tail is None else 0
+        while box.ranked and box.ranked[0][0] > 0 and box.tail is None and (room > 0 or box.window.ends_behind(box.ranked[0][0])):
+            self.load_single(box, heapq.heappop(box.ranked)[2], box.window.add)
+            room -= 1
 
     def load_single(self, box: Mailbox, number: int, put: Callable[[Portion], None]) -> None:
         value = self.journal.get("singles", single_key(box, number))
@@ -651,7 +684,8 @@ class Exchange:
         while box.tail is not None:
             self._load_more(box, box.tail, least)
             if not self._expire(box, self.clock()):
-                return
+                break
+        self.load_ranked(box)
 
     def _load_more(self, box: Mailbox, tail: int, least: int) -> None:
         for key, value in self.journal.scan("rows", tail.to_bytes(8, "big")):
@@ -705,6 +739,11 @@ class Exchange:
         last = max((row for _, _, row, _ in ranges), default=0)
         if box.tail is not None and box.tail <= last:
             self.refill(box, last)
+        rows = {row for _, _, row, _ in ranges} if box.ranked else ()
+        for entry in [entry for entry in box.ranked if entry[2] in rows]:
+            box.ranked.remove(entry)
+            self.load_single(box, entry[2], box.window.add)
+        heapq.heapify(box.ranked)
 
     def forget_publisher(self, publisher: int) -> None:
         """Remove what a dead publisher leaves: its sequence, replies nobody reads, files nobody names."""
@@ -755,6 +794,12 @@ class Exchange:
 
     def tell(self, kind: str, subscriber: str | None, message: str, count: int = 1, **details: object) -> None:
         self.news.append(News(kind, subscriber, message, details, count))
+
+
+def set_apart(extras: dict[int, Extra], now: float) -> dict[int, float]:
+    """Return which events wait by themselves, and until when (0: by their priority)."""
+    late = {i: extra.due for i, extra in extras.items() if extra.due > now}
+    return {i: 0.0 for i, extra in extras.items() if extra.priority} | late
 
 
 def single_key(box: Mailbox, number: int) -> bytes:

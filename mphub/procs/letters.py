@@ -11,12 +11,12 @@ import msgspec
 from mphub.core.rows import Row, part_of, share
 from mphub.core.spans import Spans, indexes, length, spans_of, subtract
 from mphub.core.window import Portion
+from mphub.procs.mailbox import Mailbox, rank_of
 from mphub.store.journal import Dead, on_disk
 from mphub.wire.frames import Batch, Extra, Reply, ReplyRow, decoder, encode, join, split, views
 
 if TYPE_CHECKING:
     from mphub.procs.exchange import Exchange
-    from mphub.procs.mailbox import Mailbox
 
 DEAD_SHARE = 0.25
 """Of max_bytes: beyond it the oldest dead letters give way."""
@@ -205,7 +205,10 @@ class Letters:
         box.counters.pending[epoch] = box.counters.pending.get(epoch, 0) + 1
         box.unfinished += 1
         box.bytes += share(dead.batch)
-        self.exchange.load_single(box, number, box.window.add)
+        if rank := rank_of(batch):
+            box.wait_by_rank(rank, number)
+        else:
+            self.exchange.load_single(box, number, box.window.add)
 
     def purge(self, name: str | None, ids: Collection[int] | None) -> int:
         """Drop dead letters, counted as ``purged``; return how many."""

@@ -16,7 +16,7 @@ from mphub.core.rows import Row, share
 from mphub.core.window import Portion, Window
 from mphub.options import MOST
 from mphub.store.journal import Counters, Single, SubscriberState
-from mphub.wire.frames import encode
+from mphub.wire.frames import Batch, encode
 from mphub.wire.specs import Spec, Surroundings
 
 WINDOW_EVENTS = 10_000
@@ -47,6 +47,8 @@ class Mailbox:
     """Finished rows that the cursor has not passed."""
     delayed: list[tuple[float, int]] = field(default_factory=list)
     """Heap of (due, single)."""
+    ranked: list[tuple[int, float, int]] = field(default_factory=list)
+    """Heap of (rank, due, single) of events with a priority that are not in the window."""
     unmet: set[int] = field(default_factory=set)
     """Live incarnations that have not told this router what they hold: that looks as if it waited."""
     noted: set[int] = field(default_factory=set)
@@ -124,7 +126,7 @@ class Mailbox:
 
     @property
     def has_waiting(self) -> bool:
-        return self.window.loaded > 0 or self.tail is not None
+        return self.window.loaded > 0 or self.tail is not None or bool(self.ranked)
 
     @property
     def due(self) -> float:
@@ -181,6 +183,10 @@ class Mailbox:
         if not portion.row.single:
             heapq.heappush(self.open, portion.row.id)
 
+    def wait_by_rank(self, rank: int, number: int, due: float = 0.0) -> None:
+        """Let an event with a priority, in a row of its own, wait for its turn."""
+        heapq.heappush(self.ranked, (rank, due, number))
+
     def settle(self, portion: Portion, count: int) -> None:
         self.counters.settle(portion.row.epoch, count)
         self.unfinished -= count
@@ -207,4 +213,11 @@ class Mailbox:
 
 def single_portion(number: int, single: Single) -> Portion:
     row = Row(number, single.epoch, single.batch, encode(single.batch), single.body, single=True)
-    return Portion(row, [(0, 1)], share(single.batch), {0: single.attempt} if single.attempt > 1 else {}, single.due)
+    attempts = {0: single.attempt} if single.attempt > 1 else {}
+    return Portion(row, [(0, 1)], share(single.batch), attempts, single.due, rank_of(single.batch))
+
+
+def rank_of(batch: Batch, index: int = 0) -> int:
+    """Return the priority of an event, turned round: lower ones start first."""
+    extra = batch.extras.get(index) if batch.extras else None
+    return 0 if extra is None else -extra.priority

@@ -10,7 +10,7 @@ import msgspec
 from mphub.core.order import ordering_key
 from mphub.core.rows import share
 from mphub.core.spans import length
-from mphub.procs.mailbox import Mailbox, single_portion
+from mphub.procs.mailbox import Mailbox, rank_of, single_portion
 from mphub.store.journal import Counters, Progress, Single, Stored, SubscriberState
 from mphub.wire.frames import decoder, encode
 from mphub.wire.specs import Spec
@@ -44,6 +44,7 @@ def recover(exchange: Exchange) -> None:
         load_everywhere(exchange, int.from_bytes(key, "big"), _stored.decode(value), progress)
     for box in exchange.boxes.values():
         load_singles(exchange, box)
+        exchange.load_ranked(box)
     exchange.references.end_of_writer(exchange.blobs.number)  # the last router's, of what it did not commit
 
 
@@ -108,6 +109,8 @@ def load_singles(exchange: Exchange, box: Mailbox) -> None:
             if single.attempt > 1 and box.window.order is not None:
                 box.window.order.retry(ordering_key(single.batch, 0))
         elif single.attempt > 1 and box.spec.ordered:
-            box.window.add_due([single_portion(number, single)])  # its time had come: before those that waited behind it
+            box.window.add_early([single_portion(number, single)])  # its time had come: before those that waited behind it
+        elif rank := rank_of(single.batch):
+            box.wait_by_rank(rank, number)
         else:
             box.load(single_portion(number, single))

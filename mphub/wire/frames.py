@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, TypeVar
 import msgspec
 
 from mphub.errors import InvalidOption
-from mphub.options import check_number, refuse_unavailable
+from mphub.options import check_number
 
 T = TypeVar("T")
 # checked when a header is decoded: what cannot be ends the connection that it came on
@@ -35,6 +35,7 @@ BLOB_MIN: Final = 64 << 10
 """Bytes from which one pickle, handler, snapshot or set of outputs is a file of its own."""
 MAX_EXTRA: Final = 32 << 10
 """Bytes of the headers and the ordering key of one event."""
+MOST_URGENT: Final = 10
 MAX_TOGETHER: Final = 1_000_000
 """Events of one transaction."""
 MAX_KEYS_TOGETHER: Final = 32 << 20
@@ -90,6 +91,7 @@ class Extra(Wire, frozen=True):
     """When it may start, in seconds since the epoch; 0: at once."""
     expires: float = 0.0
     """When it is too late to start; 0: never."""
+    priority: int = 0
 
     @property
     def size(self) -> int:
@@ -106,18 +108,21 @@ def extra_of(
 
     Raises InvalidOption.
     """
-    refuse_unavailable(priority=(priority, 0))
     if ordering_key is not None and not is_text(ordering_key):
         raise InvalidOption(f"ordering_key: got {ordering_key!r:.80}; expected a str that utf-8 can encode")
     if headers is not None and not (isinstance(headers, dict) and all(is_text(x) for pair in headers.items() for x in pair)):
         raise InvalidOption(f"headers: got {headers!r:.80}; expected a dict of str to str, of what utf-8 can encode")
+    if priority and (isinstance(priority, bool) or not isinstance(priority, int) or not -MOST_URGENT <= priority <= MOST_URGENT):
+        raise InvalidOption(
+            f"priority: got {priority!r:.80}; expected an int from -{MOST_URGENT} to {MOST_URGENT}: higher ones start first"
+        )
     check_number("publish", "delay", delay, 0)
     if expires is not None:
         check_number("publish", "expires", expires, delay, above=True)
-    if ordering_key is None and not headers and not delay and expires is None:
+    if ordering_key is None and not headers and not delay and not priority and expires is None:
         return None
     now = time.time()
-    extra = Extra(ordering_key, headers, now + delay if delay else 0.0, now + expires if expires is not None else 0.0)
+    extra = Extra(ordering_key, headers, now + delay if delay else 0.0, now + expires if expires is not None else 0.0, priority)
     if extra.size > MAX_EXTRA:
         raise InvalidOption(f"headers and ordering_key: got {extra.size} bytes; expected at most {MAX_EXTRA}: put it into the payload")
     return extra

@@ -1,0 +1,111 @@
+"""``publish(priority=)``: higher ones start first, equal ones in the order published."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import mphub
+from mphub import EventHub, Inbox, InvalidOption
+from tests.helpers import eventually
+from tests.procs.test_hub import lines, note
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def test_higher_ones_start_first_and_equal_ones_in_their_order(engine: str, tmp_path: Path) -> None:
+    hub = EventHub(engine=engine)
+    sub = hub.subscribe("k", lambda n: note(tmp_path / "log", n))
+    with hub:
+        sub.pause()
+        for n, priority in enumerate([0, -1, 3, 0, 10, 3, -10, 0, -1]):
+            hub.publish("k", n, priority=priority)
+        hub.flush()
+        sub.resume()
+        hub.drain(10)
+    assert lines(tmp_path / "log") == [str(n) for n in (4, 2, 5, 0, 3, 7, 1, 8, 6)]
+
+
+def test_a_handler_sees_the_priority(engine: str) -> None:
+    hub = EventHub(engine=engine)
+    seen = hub.subscribe("seen", lambda p: p)
+    hub.subscribe("k", lambda _: mphub.publish("seen", mphub.current_event().priority, priority=2))
+    with hub:
+        hub.publish("k", 0, priority=-7)
+        hub.drain(10)
+    assert seen.statistics().handled == 1
+
+
+def test_an_urgent_one_passes_all_that_waits(tmp_path: Path) -> None:
+    """Also what the router does not have in memory; less urgent ones come when all else is done."""
+    log = tmp_path / "log"
+    hub = EventHub()
+    sub = hub.subscribe("k", lambda n: note(log, n) if n < 0 or n % 1000 == 0 else None, inbox=Inbox(maxsize=1_000_000))
+    with hub:
+        sub.pause()
+        for n in range(-150, 0):
+            hub.publish("k", n, priority=-1)
+        hub.publish_batch("k", range(1, 50_000))
+        hub.publish("k", -1000, priority=5)
+        hub.flush()
+        sub.resume()
+        assert eventually(lambda: lines(log)[:1] == ["-1000"], 20)
+        hub.drain(30)
+    assert lines(log)[1:] == [str(n) for n in (*range(1000, 50_000, 1000), *range(-150, 0))]
+
+
+def test_they_start_while_their_subscriber_is_busy_with_many(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def handle(n: int) -> None:
+        note(log, n)
+
+    hub = EventHub()
+    hub.subscribe("k", handle, inbox=Inbox(maxsize=1_000_000))
+    with hub:
+        hub.publish_batch("k", range(60_000))
+        for n in range(5):
+            hub.publish("k", -1 - n, priority=1)
+        hub.flush()
+        hub.drain(30)
+    found = [int(line) for line in lines(log)]
+    assert [n for n in found if n < 0] == [-1, -2, -3, -4, -5]
+    assert found[-1] == 59_999, "they were not the last"
+    assert [n for n in found if n >= 0] == list(range(60_000))
+
+
+def test_none_is_lost_and_the_order_stays_when_router_and_subscriber_die(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def handle(n: int) -> None:
+        event = mphub.current_event()
+        note(log, f"{event.priority} {n} {event.attempt}")
+        if event.attempt == 1 and n in (3, 700):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    hub = EventHub()
+    sub = hub.subscribe("k", handle)
+    with hub:
+        sub.pause()
+        for n in range(900):
+            hub.publish("k", n, priority=n % 3 - 1)
+        hub.flush()
+        os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+        sub.resume()
+        hub.drain(30)
+    found = [line.split() for line in lines(log)]
+    first = [(int(p), int(n)) for p, n, attempt in found if attempt == "1"]
+    assert first == sorted(first, key=lambda each: (-each[0], each[1]))
+    assert len(first) == 900
+    assert sorted(int(n) for _, n, attempt in found if attempt == "2") == [3, 700]
+
+
+@pytest.mark.parametrize("priority", [11, -11, 1.5, True, "high", float("nan")])
+def test_a_typo_is_refused(engine: str, priority: object) -> None:
+    hub = EventHub(engine=engine)
+    hub.subscribe("k", print)
+    with hub, pytest.raises(InvalidOption, match=r"priority: got .*expected an int from -10 to 10"):
+        hub.publish("k", 1, priority=priority)  # type: ignore[arg-type]
