@@ -310,8 +310,6 @@ def test_misuse_says_what_to_do() -> None:
         hub.publish("k.*", 1)
     with pytest.raises(mphub.InvalidOption, match="one argument"):
         hub.subscribe("k", lambda: None)  # type: ignore[arg-type, misc]
-    with pytest.raises(mphub.InvalidOption, match="ordered"):
-        hub.subscribe("k", print, ordered=True)
     with pytest.raises(mphub.PayloadError, match="handler"):
         lock = multiprocessing.get_context("fork").Lock()
         hub.subscribe("k", lambda n: lock.acquire())
