@@ -36,6 +36,7 @@ from mphub.wire.frames import (
     Extra,
     Hold,
     RepliesTaken,
+    Withdraw,
     decoder,
     encode,
     join,
@@ -183,7 +184,7 @@ class Connection:
         reply: Reply[object] = Reply()
         with self._enter():
             number = self._add(key, data, extra, (target, True, 0), reply)
-        reply.id, reply._reader = EventId(self._base + number), self._reader
+        reply.id, reply._reader, reply._asked = EventId(self._base + number), self._reader, self
         return reply
 
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> int:
@@ -516,6 +517,15 @@ class Connection:
             self._taken_bytes += len(reply.body)
             if reply.blob is not None or len(self._taken) >= MANY_TAKEN or self._taken_bytes >= BLOB_MIN:
                 line.send(frames.REPLIES_TAKEN, self._all_taken())
+
+    def withdraw(self, numbers: list[int], *, kill: bool) -> None:
+        """Tell the router that events of this process are not wanted any more; if it dies before it has heard that, they run."""
+        if self._is_mine():
+            return  # an interrupt in the middle of a publish: only their results are not wanted
+        with self._lock, contextlib.suppress(OSError, HubError):
+            self._send()
+            if self._line is not None:
+                self._line.send(frames.WITHDRAW, encode(Withdraw(numbers, kill)))
 
     def _all_taken(self) -> bytes:
         taken, self._taken, self._taken_bytes = self._taken, [], 0

@@ -58,6 +58,7 @@ class Engine(Protocol):
     def publish(self, key: str, payload: object, extra: Extra | None, confirm: bool) -> EventId: ...
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None: ...
     def request(self, key: str, payload: object, target: str, extra: Extra | None) -> Reply[Any]: ...
+    def cancel(self, event_id: int) -> int: ...
     def drain(self, timeout: float | None, progress: Watcher) -> None: ...
     def statistics(self) -> HubStatistics: ...
     def dead_letters(self, name: str | None) -> list[DeadLetter]: ...
@@ -148,6 +149,10 @@ class ProcessEngine:
 
     def request(self, key: str, payload: object, target: str, extra: Extra | None) -> Reply[Any]:
         return self.connection.request(key, payload, target, extra)
+
+    def cancel(self, event_id: int) -> int:
+        self.connection.flush()
+        return int(self.client.call("cancel", ids=packed([event_id])))
 
     def drain(self, timeout: float | None, progress: Watcher) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -284,6 +289,10 @@ class InlineEngine:
             return self.inline.request(key, payload, target, extra)
         finally:
             self._tell()
+
+    def cancel(self, event_id: int) -> int:
+        check_ids([event_id])
+        return self.inline.cancel([event_id])
 
     def drain(self, timeout: float | None, progress: Watcher) -> None:
         with watching(progress) as tell:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from mphub.reply import Reply
+from mphub.reply import Reply, give_up
 
 if TYPE_CHECKING:
     from mphub.subscription import Subscription
@@ -87,5 +87,4 @@ class HubExecutor(Executor):
             if not statistics.running and len(waits) <= statistics.waiting:
                 break
             time.sleep(POLL)
-        for reply in waits:
-            reply.cancel()
+        give_up(waits)

@@ -616,6 +616,13 @@ class EventHub:
             self._subscriptions.answerer(name, None)  # which says why
         return together({each: self._request(name, payload, each, expires) for each in asked})
 
+    def cancel(self, event_id: EventId) -> bool:
+        """Withdraw an event from the subscribers that have not started it, counted as ``cancelled``; say whether there was one.
+
+        What a process has in hand is taken back if it can be; a handler that runs sees ``current_event().cancelled``.
+        """
+        return self._running("cancel").cancel(event_id) > 0
+
     # -- looking
 
     def statistics(self) -> HubStatistics:

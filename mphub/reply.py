@@ -7,8 +7,8 @@ import concurrent.futures
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Generator, Iterable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -26,6 +26,14 @@ from mphub.events import EventId
 
 if TYPE_CHECKING:
     from mphub.reader import Reader
+
+
+class Asked(Protocol):
+    """What a request went to."""
+
+    def withdraw(self, numbers: list[int], *, kill: bool) -> None:
+        """Let events not start, or end the processes that run them."""
+
 
 log = logging.getLogger("mphub")
 R = TypeVar("R")
@@ -60,6 +68,8 @@ class Reply(concurrent.futures.Future[R]):
     id: EventId
     _reader: Reader | None = None
     """What reads the stream that it comes by; who waits for it may do that too."""
+    _asked: Asked | None = None
+    """Whom to tell that it is not wanted any more."""
 
     def __init__(self) -> None:
         # what Future.__init__ does, but for its condition: it would be made to be thrown away
@@ -79,6 +89,21 @@ class Reply(concurrent.futures.Future[R]):
         return timeout if self._reader is None or self.done() or not self._reader.is_ours else self._reader.read_for(self, timeout)
 
     def cancel(self) -> bool:
+        """Give it up, unless it has ended; its event is withdrawn if it has not started, else nobody gets the result.
+
+        A handler that runs can see that by ``current_event().cancelled``.
+        """
+        return give_up([self])
+
+    def kill(self) -> bool:
+        """Give it up, unless it has ended, and end the process that runs its event: at once, charged to nobody.
+
+        What else that process had in hand runs again in the next one.
+        """
+        return give_up([self], kill=True)
+
+    def _let_go(self) -> bool:
+        """Cancel the future alone; say whether it had not ended."""
         cancelled = super().cancel()
         if cancelled and self._reader is not None:
             self._reader.give_up(self)
@@ -115,6 +140,20 @@ class Reply(concurrent.futures.Future[R]):
 
     def __await__(self) -> Generator[Any, None, R]:
         return asyncio.wrap_future(self).__await__()
+
+
+def give_up(replies: Iterable[Reply[Any]], *, kill: bool = False) -> bool:
+    """Cancel replies, and tell those whom they were asked of together; say whether all had not ended."""
+    asked: dict[Asked, list[int]] = {}
+    complete = True
+    for reply in replies:
+        if not reply._let_go():
+            complete = False
+        elif reply._asked is not None:
+            asked.setdefault(reply._asked, []).append(reply.id.number)
+    for each, numbers in asked.items():
+        each.withdraw(numbers, kill=kill)
+    return complete
 
 
 def failure_of(outcome: str, body: bytes) -> BaseException:

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from mphub.events import Progress
 from mphub.observe.progress import Watcher, check_progress, watching
 from mphub.options import check_choice, check_number
-from mphub.reply import Reply
+from mphub.reply import Reply, give_up
 
 R = TypeVar("R")
 AHEAD = 64
@@ -25,8 +25,38 @@ TELL_EVERY = 0.1
 """Seconds between two words about the progress."""
 
 
+class _Arrivals(Generic[R]):
+    """Replies that somebody is told of: as they come, or the first one.
+
+    They know this alone, not the results: who leaves the loop lets go of those, and so withdraws what is under way, at once.
+    """
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
+        self._wake: Callable[[], object] | None = None
+
+    def came(self, reply: Future[R]) -> None:
+        self.queue.put(reply)
+        wake = self._wake
+        if wake is not None:
+            wake()
+
+    async def next(self) -> Future[R]:
+        loop = asyncio.get_running_loop()
+        while True:
+            came = asyncio.Event()
+            wake = self._wake = functools.partial(loop.call_soon_threadsafe, came.set)
+            try:
+                return self.queue.get_nowait()
+            except queue.Empty:
+                await came.wait()
+            finally:
+                if self._wake is wake:  # else another wait has begun before this one's cancellation was seen
+                    self._wake = None
+
+
 class Results(Generic[R]):
-    """Results of ``map``: for ``for`` and ``async for``; leaving the loop takes no further payloads."""
+    """Results of ``map``: for ``for`` and ``async for``; leaving the loop takes no more payloads, and withdraws what has not started."""
 
     def __init__(
         self, ask: Callable[[Any], Reply[R]], payloads: Iterable[object], *, ordered: bool = True, errors: str = "raise",
@@ -41,9 +71,7 @@ class Results(Generic[R]):
         self._total = total if total is not None else len(payloads) if isinstance(payloads, Sized) else None
         self._under_way: dict[Reply[R], object] = {}
         """With their payloads, in the order of asking."""
-        self._done: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
-        """Replies that somebody is told of: as they come, or the first one."""
-        self._wake: Callable[[], object] | None = None
+        self._done: _Arrivals[R] = _Arrivals()
         self._asked = self._given = self._failed = 0
         self._began, self._tell_at = time.monotonic(), 0.0
         self._watch = contextlib.ExitStack()
@@ -64,13 +92,7 @@ class Results(Generic[R]):
             self._under_way[reply] = payload
             self._asked += 1
             if not self._ordered:
-                reply.add_done_callback(self._completed)
-
-    def _completed(self, reply: Future[R]) -> None:
-        self._done.put(reply)
-        wake = self._wake
-        if wake is not None:
-            wake()
+                reply.add_done_callback(self._done.came)
 
     # -- for
 
@@ -91,7 +113,7 @@ class Results(Generic[R]):
             self.close()
             raise StopIteration
         try:
-            reply = next(iter(self._under_way)) if self._ordered else self._done.get()
+            reply = next(iter(self._under_way)) if self._ordered else self._done.queue.get()
             return self._settled(reply)
         except BaseException:
             self.close()
@@ -130,37 +152,25 @@ class Results(Generic[R]):
             self.close()
             raise StopAsyncIteration
         try:
-            return self._settled(await (self._first_done() if self._ordered else self._next_done()))[1]
+            return self._settled(await (self._first_done() if self._ordered else self._done.next()))[1]
         except BaseException:
             self.close()
             raise
 
     async def _first_done(self) -> Future[R]:
         first = next(iter(self._under_way))
-        first.add_done_callback(self._completed)
-        while await self._next_done() is not first:
+        first.add_done_callback(self._done.came)
+        while await self._done.next() is not first:
             pass  # one that a cancelled wait has left
         return first
-
-    async def _next_done(self) -> Future[R]:
-        loop = asyncio.get_running_loop()
-        while True:
-            came = asyncio.Event()
-            wake = self._wake = functools.partial(loop.call_soon_threadsafe, came.set)
-            try:
-                return self._done.get_nowait()
-            except queue.Empty:
-                await came.wait()
-            finally:
-                if self._wake is wake:  # else another wait has begun before this one's cancellation was seen
-                    self._wake = None
 
     # -- the end
 
     def close(self) -> None:
-        """Take no further payloads; answers that are under way are not waited for."""
+        """Take no further payloads, and withdraw those that have not started."""
         self._payloads = iter(())
-        self._under_way.clear()
+        under_way, self._under_way = self._under_way, {}
+        give_up(under_way)
         self._watch.close()
 
     def __del__(self) -> None:
@@ -174,10 +184,20 @@ class Results(Generic[R]):
         self.close()
 
 
+class _All:
+    """Those whom one request went to."""
+
+    def __init__(self, replies: dict[str, Reply[Any]]) -> None:
+        self._replies = replies
+
+    def withdraw(self, numbers: list[int], *, kill: bool) -> None:
+        give_up(self._replies.values(), kill=kill)
+
+
 def together(replies: dict[str, Reply[Any]]) -> Reply[dict[str, object]]:
     """Return a reply that ends when all of some others have, with their results, or exceptions in the place of those."""
     whole: Reply[dict[str, object]] = Reply()
-    whole.id = next(iter(replies.values())).id
+    whole.id, whole._asked = next(iter(replies.values())).id, _All(replies)
     left = set(replies)
     lock = threading.Lock()
 

@@ -68,11 +68,11 @@ def share(batch: Batch) -> int:
     return (batch.size + ROW) // batch.count
 
 
-def event_of(batch: Batch, index: int, payload: object, attempt: int, replica: int = 0) -> Event:
+def event_of(batch: Batch, index: int, payload: object, attempt: int, replica: int = 0, *, cancelled: bool = False) -> Event:
     """Describe one event of a batch as handlers see it."""
     extra = (batch.extras or {}).get(index, Extra())
     return Event(
         id=EventId.make(batch.publisher, batch.number + index), key=batch.key(index), payload=payload,
         ordering_key=extra.ordering_key, priority=extra.priority, headers=extra.headers or {}, published_at=batch.published_at,
-        attempt=attempt, replica=replica, cancelled=False,
+        attempt=attempt, replica=replica, cancelled=cancelled,
     )  # fmt: skip

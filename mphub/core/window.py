@@ -155,6 +155,21 @@ class Window:
             self.loaded_bytes -= gone * piece.portion.size
             yield piece.portion, taken
 
+    def withdraw(self, wanted: Callable[[Portion], list[int]]) -> list[tuple[Portion, Spans]]:
+        """Take out events; ``wanted`` says which, in their order, as far as they wait."""
+        found = []
+        self.gather()
+        for piece in self.waiting:
+            spans = spans_of(index for index in wanted(piece.portion) if contains(piece.spans, index))
+            if spans:
+                found.append((piece.portion, spans))
+                piece.spans = subtract(piece.spans, spans)
+                self.loaded -= length(spans)
+                self.loaded_bytes -= length(spans) * piece.portion.size
+        if found:
+            self.waiting = deque(piece for piece in self.waiting if piece.spans)
+        return found
+
     def prune(self) -> None:
         """Let waiting events go that have ended meanwhile."""
         for piece in self.drop_waiting():

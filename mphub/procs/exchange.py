@@ -25,9 +25,10 @@ from mphub.core.window import Portion
 from mphub.errors import JournalError
 from mphub.procs.consumer import Consumer
 from mphub.procs.letters import Cause, Letters
-from mphub.procs.mailbox import LASTING, Mailbox, rank_of, single_portion
+from mphub.procs.mailbox import LASTING, Mailbox, event_id, single_portion
 from mphub.procs.recovery import recover
 from mphub.procs.room import Room
+from mphub.procs.withdrawals import CANCELLED, Withdrawals
 from mphub.store.blobs import Blobs, References
 from mphub.store.board import Board
 from mphub.store.journal import Counters, Keeper, Progress, Single, Stored, SubscriberState, Turn
@@ -88,7 +89,7 @@ class Exchange:
         """It is known which processes live and may hold what looks as if it waited."""
         self.told = False
         """The failure in the report at hand is raised to its caller (inline)."""
-        self.letters, self.room = Letters(self), Room(self)
+        self.letters, self.room, self.withdrawals = Letters(self), Room(self), Withdrawals(self)
         self.next_row = 1
         self.left: dict[int, int] = {}
         self._rows: WeakValueDictionary[int, Row] = WeakValueDictionary()
@@ -217,11 +218,11 @@ class Exchange:
         while box.has_waiting or box.delayed:
             self._load_delayed(box, inf)
             for piece in box.window.drop_waiting():
-                dropped += self._drop(box, piece.portion, piece.spans, reason)
+                dropped += self.drop(box, piece.portion, piece.spans, reason)
             self.refill(box)
         return dropped
 
-    def _drop(self, box: Mailbox, portion: Portion, spans: Spans, reason: str) -> int:
+    def drop(self, box: Mailbox, portion: Portion, spans: Spans, reason: str) -> int:
         count = length(spans)
         if portion.row.batch.reply:
             self._answer_all(portion.row, spans, "dropped", encode(reason))
@@ -317,7 +318,7 @@ class Exchange:
             if not apart[index]:
                 batch, body = self.cut_out(row, index)
                 box.take_in(row.epoch, 1, share(batch))
-                box.wait_by_rank(rank_of(batch), self.make_single(box, batch, body, row.epoch, 1, 0.0))
+                box.wait_by_rank(batch, self.make_single(box, batch, body, row.epoch, 1, 0.0))
         if box.overflow == "drop_oldest" and not box.unmet:
             self._drop_oldest(box, max(0, box.pending - box.spec.inbox.maxsize))
         self.touch(box)
@@ -465,7 +466,7 @@ class Exchange:
         """Drop what has waited longest; what the process has been given stays."""
         while excess and box.has_waiting:
             for portion, spans in box.window.take_oldest(excess):
-                excess -= self._drop(box, portion, spans, "overflow")
+                excess -= self.drop(box, portion, spans, "overflow")
             self.refill(box)
 
     # -- what became of them
@@ -496,11 +497,13 @@ class Exchange:
             box.counters.handled += length(spans)
             self.settle(box, portion, spans)
         for portion, index in filtered.values():
-            self._drop(box, portion, [(index, index + 1)], "filtered")
+            self.drop(box, portion, [(index, index + 1)], "filtered")
         for failure in report.failures:
             if failure.number in failed:
                 self._fail(box, *failed[failure.number], failure, now)
         box.counters.seconds += report.seconds
+        if box.withdrawn:
+            self.withdrawals.came_back(box)
         if report.ran:
             delivery.credit.measured(report.ran, report.seconds)
             box.samples.append(report.seconds / report.ran)
@@ -514,7 +517,9 @@ class Exchange:
         self.tell(
             "failure", box.name, failure.traceback, key=row.batch.key(index), id=event, attempt=attempt, reason=failure.reason
         )  # fmt: skip
-        if failure.retry and attempt < box.spec.max_attempts:
+        if (row.id, index) in box.withdrawn:
+            self.drop(box, portion, [(index, index + 1)], CANCELLED)
+        elif failure.retry and attempt < box.spec.max_attempts:
             box.counters.retried += 1
             if failure.delay > 0:
                 self._postpone(box, portion, index, attempt + 1, now + failure.delay)
@@ -537,7 +542,7 @@ class Exchange:
         self._close_if_done(box, portion)
 
     def _wait_until(self, box: Mailbox, batch: Batch, body: bytes, epoch: int, attempt: int, due: float) -> None:
-        heapq.heappush(box.delayed, (due, self.make_single(box, batch, body, epoch, attempt, due)))
+        heapq.heappush(box.delayed, (due, self.make_single(box, batch, body, epoch, attempt, due), event_id(batch)))
 
     def cut_out(self, row: Row, index: int) -> tuple[Batch, bytes]:
         """Return one event alone: (header, an array of its pickle, empty if that is a blob)."""
@@ -566,12 +571,14 @@ class Exchange:
             box.counters.handled += length(spans)
             self.settle(box, portion, spans)
         for portion, spans in verdict.filtered:
-            self._drop(box, portion, spans, "filtered")
+            self.drop(box, portion, spans, "filtered")
         for portion, index, attempts in verdict.dead:
             self.letters.bury(box, portion, index, cause.reason, attempts, cause=cause)
         for portion in verdict.changed:
             self.touch(box)[portion.row.id] = portion
         box.counters.retried += len(verdict.again)
+        if box.withdrawn:
+            self.withdrawals.came_back(box)
         self.touch(box)
         self.frames[consumer.incarnation] = (SETTLED, 0)  # should this be asked again, after a router's death
         self._dirty_frames.add(consumer.incarnation)
@@ -587,6 +594,8 @@ class Exchange:
         """Take events that ended, however, off the books' pending side."""
         count = length(spans)
         portion.finish(spans)
+        if box.withdrawn:
+            box.withdrawn.difference_update((portion.row.id, index) for index in indexes(spans))
         box.settle(portion, count)
         self._close_if_done(box, portion)
 
@@ -640,7 +649,7 @@ class Exchange:
         late = box.window.expire(now)
         box.window.expires = max(box.window.expires, now + max(GRAIN, REST * (self.clock() - began)))
         for portion, spans in late:
-            self._drop(box, portion, spans, "expired")
+            self.drop(box, portion, spans, "expired")
         return bool(late)
 
     def _load_delayed(self, box: Mailbox, now: float) -> None:
@@ -648,11 +657,11 @@ class Exchange:
         due: list[Portion] = []
         room = box.window_room()
         while box.delayed and box.delayed[0][0] <= now and len(due) < room:
-            _, number = heapq.heappop(box.delayed)
+            _, number, _ = heapq.heappop(box.delayed)
             self.load_single(box, number, due.append)
         for portion in [portion for portion in due if portion.rank and not portion.attempts]:
             due.remove(portion)
-            box.wait_by_rank(portion.rank, portion.row.id, portion.due)
+            box.wait_by_rank(portion.row.batch, portion.row.id, portion.due)
         for portion in due if box.spec.ordered else ():
             if portion.attempts:
                 box.window.resume(ordering_key(portion.row.batch, 0))
@@ -664,7 +673,7 @@ class Exchange:
         count, worst = box.window.worst_urgent()
         urgent: list[Portion] = []
         while box.ranked and box.ranked[0][0] < 0 and (count < AT_HAND or box.ranked[0][0] < worst):
-            rank, _, number = heapq.heappop(box.ranked)
+            rank, _, number, _ = heapq.heappop(box.ranked)
             self.load_single(box, number, urgent.append)
             count, worst = count + 1, max(worst, rank)
         if urgent:
@@ -696,9 +705,19 @@ class Exchange:
             self.load_row(box, number, _stored.decode(value))
         box.tail = None
 
+    def portion_of(self, box: Mailbox, number: int) -> Portion | None:
+        """Return what is unfinished of a row that is not in the window, if it is for that subscriber."""
+        value = self.journal.get("rows", number.to_bytes(8, "big"))
+        return None if value is None else self._portion(box, number, _stored.decode(value))
+
     def load_row(self, box: Mailbox, number: int, stored: Stored) -> None:
+        portion = self._portion(box, number, stored)
+        if portion is not None:
+            box.load(portion)
+
+    def _portion(self, box: Mailbox, number: int, stored: Stored) -> Portion | None:
         if box.number not in stored.matched or number in box.closed:
-            return
+            return None
         spans = stored.matched[box.number]
         row = self._rows.get(number)
         if row is None:
@@ -708,7 +727,7 @@ class Exchange:
         if number in box.noted and (value := self.journal.get("progress", progress_key(box, number))) is not None:
             known = _progress.decode(value)
             portion.todo, portion.attempts = list(known.todo), dict(known.attempts)
-        box.load(portion)
+        return portion
 
     def replace_body(self, number: int, body: bytes) -> None:
         """Follow a row whose finished events have been blanked."""

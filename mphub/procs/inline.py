@@ -7,7 +7,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from math import inf
@@ -364,10 +364,19 @@ class Inline:
         if target is not None:
             check_name(target, "to")
         reply: Reply[object] = Reply()
+        reply._asked = self
         self.send(key, codec.encode(payload), extra, target=target, reply=reply)
         if self._busy:
             self._work_for(reply)
         return reply
+
+    def cancel(self, ids: Collection[int]) -> int:
+        """Drop events that have not started; return how many."""
+        with self._turn(), self.exchange.turn():
+            return self.exchange.withdrawals.withdraw(ids)
+
+    def withdraw(self, numbers: list[int], *, kill: bool) -> None:
+        self.cancel([self.id << 40 | number for number in numbers])
 
     def _work_for(self, reply: Reply[object]) -> None:
         """Handle what waits until a handler's own request is answered: it is going to wait for that."""

@@ -11,9 +11,9 @@ import msgspec
 from mphub.core.rows import Row, part_of, share
 from mphub.core.spans import Spans, indexes, length, spans_of, subtract
 from mphub.core.window import Portion
-from mphub.procs.mailbox import Mailbox, rank_of
+from mphub.procs.mailbox import Mailbox, event_id, rank_of
 from mphub.store.journal import Dead, on_disk
-from mphub.wire.frames import Batch, Extra, Reply, ReplyRow, decoder, encode, join, split, views
+from mphub.wire.frames import Extra, Reply, ReplyRow, decoder, encode, join, split, views
 
 if TYPE_CHECKING:
     from mphub.procs.exchange import Exchange
@@ -205,8 +205,8 @@ class Letters:
         box.counters.pending[epoch] = box.counters.pending.get(epoch, 0) + 1
         box.unfinished += 1
         box.bytes += share(dead.batch)
-        if rank := rank_of(batch):
-            box.wait_by_rank(rank, number)
+        if rank_of(batch):
+            box.wait_by_rank(batch, number)
         else:
             self.exchange.load_single(box, number, box.window.add)
 
@@ -298,10 +298,6 @@ def untimed(extras: dict[int, Extra] | None) -> dict[int, Extra] | None:
 def cost(dead: Dead, value: bytes) -> int:
     """Return the bytes that a row takes, with its file."""
     return on_disk(value) + (dead.batch.size if dead.batch.blob is not None else 0)
-
-
-def event_id(batch: Batch) -> int:
-    return batch.publisher << 40 | batch.number
 
 
 def reply_key(publisher: int, number: int) -> bytes:

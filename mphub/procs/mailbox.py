@@ -45,12 +45,14 @@ class Mailbox:
     """Heap of the window's rows."""
     closed: set[int] = field(default_factory=set)
     """Finished rows that the cursor has not passed."""
-    delayed: list[tuple[float, int]] = field(default_factory=list)
-    """Heap of (due, single)."""
-    ranked: list[tuple[int, float, int]] = field(default_factory=list)
-    """Heap of (rank, due, single) of events with a priority that are not in the window."""
+    delayed: list[tuple[float, int, int]] = field(default_factory=list)
+    """Heap of (due, single, event id)."""
+    ranked: list[tuple[int, float, int, int]] = field(default_factory=list)
+    """Heap of (rank, due, single, event id) of events with a priority that are not in the window."""
     unmet: set[int] = field(default_factory=set)
     """Live incarnations that have not told this router what they hold: that looks as if it waited."""
+    withdrawn: set[tuple[int, int]] = field(default_factory=set)
+    """(row, index) of events that a process has in hand and that are to be dropped if they come back."""
     noted: set[int] = field(default_factory=set)
     """Rows with a progress row in the journal."""
     max_bytes: int = 0
@@ -183,9 +185,9 @@ class Mailbox:
         if not portion.row.single:
             heapq.heappush(self.open, portion.row.id)
 
-    def wait_by_rank(self, rank: int, number: int, due: float = 0.0) -> None:
+    def wait_by_rank(self, batch: Batch, number: int, due: float = 0.0) -> None:
         """Let an event with a priority, in a row of its own, wait for its turn."""
-        heapq.heappush(self.ranked, (rank, due, number))
+        heapq.heappush(self.ranked, (rank_of(batch), due, number, event_id(batch)))
 
     def settle(self, portion: Portion, count: int) -> None:
         self.counters.settle(portion.row.epoch, count)
@@ -215,6 +217,11 @@ def single_portion(number: int, single: Single) -> Portion:
     row = Row(number, single.epoch, single.batch, encode(single.batch), single.body, single=True)
     attempts = {0: single.attempt} if single.attempt > 1 else {}
     return Portion(row, [(0, 1)], share(single.batch), attempts, single.due, rank_of(single.batch))
+
+
+def event_id(batch: Batch) -> int:
+    """Return the id of a batch's first event, as a plain int."""
+    return batch.publisher << 40 | batch.number
 
 
 def rank_of(batch: Batch, index: int = 0) -> int:

@@ -10,7 +10,7 @@ import msgspec
 from mphub.core.order import ordering_key
 from mphub.core.rows import share
 from mphub.core.spans import length
-from mphub.procs.mailbox import Mailbox, rank_of, single_portion
+from mphub.procs.mailbox import Mailbox, event_id, rank_of, single_portion
 from mphub.store.journal import Counters, Progress, Single, Stored, SubscriberState
 from mphub.wire.frames import decoder, encode
 from mphub.wire.specs import Spec
@@ -105,12 +105,12 @@ def load_singles(exchange: Exchange, box: Mailbox) -> None:
         box.bytes += share(single.batch)
         exchange.references.hold_for(number, single.batch.blob)
         if single.due:
-            heapq.heappush(box.delayed, (single.due, number))
+            heapq.heappush(box.delayed, (single.due, number, event_id(single.batch)))
             if single.attempt > 1 and box.window.order is not None:
                 box.window.order.retry(ordering_key(single.batch, 0))
         elif single.attempt > 1 and box.spec.ordered:
             box.window.add_early([single_portion(number, single)])  # its time had come: before those that waited behind it
-        elif rank := rank_of(single.batch):
-            box.wait_by_rank(rank, number)
+        elif rank_of(single.batch):
+            box.wait_by_rank(single.batch, number)
         else:
             box.load(single_portion(number, single))

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from mphub import failpoints
-from mphub.core.delivery import Held
+from mphub.core.delivery import RUNNING, Held
 from mphub.core.spans import length
 from mphub.errors import JournalError
 from mphub.observe.limiter import Limiter
@@ -47,6 +47,7 @@ from mphub.wire.frames import (
     RepliesTaken,
     Report,
     Welcome,
+    Withdraw,
     decoder,
     encode,
 )
@@ -72,7 +73,7 @@ HALF = frames.HEAD.pack(0, frames.DELIVER, 0)
 """The begin of a frame that its sender does not live to write."""
 _batch, _report, _call = decoder(Batch), decoder(Report), decoder(Call)
 _hello_publisher, _hello_subscriber = decoder(HelloPublisher), decoder(HelloSubscriber)
-_taken, _spec = decoder(RepliesTaken), decoder(Spec)
+_taken, _withdraw, _spec = decoder(RepliesTaken), decoder(Withdraw), decoder(Spec)
 
 
 class Router:
@@ -276,6 +277,9 @@ class Router:
             self.to_confirm.add(peer)
         elif kind == frames.BATCH:
             return  # it is told that the hub stops, not that this was accepted
+        elif kind == frames.WITHDRAW:
+            withdraw = _withdraw.decode(header)
+            self._withdraw([peer.hello.publisher << 40 | number for number in withdraw.numbers], kill=withdraw.kill)
         elif kind == frames.REPLIES_TAKEN:
             self.exchange.letters.taken(peer.hello.publisher, _taken.decode(header).numbers)
             if peer.behind and len(peer.stream.out) < MAX_UNREAD // 2:
@@ -283,6 +287,23 @@ class Router:
                 self.exchange.letters.replies[peer.hello.publisher] = self.exchange.letters.unanswered(peer.hello.publisher)
         else:
             raise ProtocolError(f"kind {kind} from a publisher")
+
+    def _withdraw(self, ids: list[int], *, kill: bool = False) -> int:
+        """Drop events that have not started; return how many.
+
+        What processes have in hand is taken back, marked for handlers that ask, or ended with its process.
+        """
+        withdrawn = self.exchange.withdrawals.withdraw(ids)
+        for seat, number in self.exchange.withdrawals.held_by(self.seats.values(), ids):
+            assert isinstance(seat, Seat)
+            running = seat.board.state(number) == RUNNING
+            if running and kill:
+                self._push("kill", incarnation=seat.incarnation)
+            elif running:
+                seat.board.cancel(number)
+            else:
+                seat.board.set_flag(RECALLED)
+        return withdrawn
 
     def _someone_is_absent(self) -> bool:
         return len(self.exchange.homes) > len(self.publishers)
@@ -371,6 +392,8 @@ class Router:
                 self._push("full", incarnation=seat.incarnation, message=str(error))
                 return
             seat.told, seat.unconfirmed = report.frame, seat.unconfirmed + 1
+            if report.returned:
+                self._recall(seat)
         elif kind == frames.READY:
             self._is_ready(seat)
         else:
@@ -586,6 +609,9 @@ class Router:
 
     def do_purge(self, name: str | None, ids: list[bytes] | None) -> int:
         return self.exchange.letters.purge(name, unpack_ids(ids))
+
+    def do_cancel(self, ids: list[bytes]) -> int:
+        return self._withdraw(sorted(unpack_ids(ids) or ()))
 
     def do_close(self) -> None:
         """Tell every publisher that the hub stops, and end."""

@@ -211,6 +211,12 @@ class Supervisor:
                 self.notice("full", child.name, f"{message}; its process starts anew in {LATER:.0f} s")
                 self._end(child, "full", [(0.0, signal.SIGKILL)])
 
+    def heard_kill(self, incarnation: int) -> None:
+        """Nobody wants any more what a process does: end it, uncharged; what else it had in hand runs again."""
+        for child in self._children():
+            if child.incarnation == incarnation and child.ending is None:
+                self._end(child, "kill", [(0.0, signal.SIGKILL)])
+
     def heard_held(self, patterns: list[str], names: list[str]) -> None:
         """Publishers of these patterns wait: for these subscribers, or for a full journal."""
         who = names or (["the journal, which is full"] if patterns else [])

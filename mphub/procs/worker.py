@@ -471,7 +471,8 @@ class Worker:
             self.batch = self.deliver.batch.read()
         payload = self.loads(data)
         attempt = self._attempt(self.deliver.number + offset)
-        return event_of(self.batch, self.deliver.index + offset, payload, attempt, self.replica)
+        cancelled = self.board.is_cancelled(self.deliver.number + offset)
+        return event_of(self.batch, self.deliver.index + offset, payload, attempt, self.replica, cancelled=cancelled)
 
 
 def slots_of(number: int, offsets: Sequence[int]) -> Sequence[int]:

@@ -24,6 +24,9 @@ _STATES_AT: Final = _RINGS_AT + RANGES * _RANGE.size
 SIZE: Final = _STATES_AT + SLOTS
 _HEAD: Final = struct.Struct("<Q")
 _HEAD_AT: Final = 8
+_CANCELLED_AT: Final = 16
+_CANCELLED: Final = 6
+"""Delivery numbers of events that are not wanted any more, the last ones; plus one, as 0 is none."""
 _ZEROES: Final = bytes(SLOTS)
 
 
@@ -75,6 +78,13 @@ class Board:
         first = number % SLOTS
         part = self.map[_STATES_AT + first : _STATES_AT + min(SLOTS, first + count)]
         return part + self.map[_STATES_AT : _STATES_AT + first + count - SLOTS] if first + count > SLOTS else part
+
+    def cancel(self, number: int) -> None:
+        """Tell a handler that asks that its event is not wanted any more."""
+        _HEAD.pack_into(self.map, _CANCELLED_AT + number % _CANCELLED * _HEAD.size, number + 1)
+
+    def is_cancelled(self, number: int) -> bool:
+        return bool(_HEAD.unpack_from(self.map, _CANCELLED_AT + number % _CANCELLED * _HEAD.size)[0] == number + 1)
 
     def finished_any(self) -> bool:
         """Say whether this incarnation has finished an event for good: what is handled but not committed runs again."""

@@ -31,6 +31,10 @@ class Chosen(Asked, frozen=True):
     ids: list[bytes] | None
 
 
+class Cancelling(Asked, frozen=True):
+    ids: list[bytes]
+
+
 class Page(Asked, frozen=True):
     name: str | None
     after: int
@@ -45,7 +49,7 @@ class Subscribing(Asked, frozen=True):
 
 CALLS: Final[dict[str, type[Asked]]] = {
     "subscribe": Subscribing, "replace": Subscribing, "unsubscribe": Named, "stop_routing": Named, "restart": Named,
-    "pause": Named, "resume": Named, "scale": Scaling, "set_keys": Keying,
+    "pause": Named, "resume": Named, "scale": Scaling, "set_keys": Keying, "cancel": Cancelling,
     "states": Asked, "statistics": Asked, "drain": Asked, "dead_letters": Page, "redrive": Chosen, "purge": Chosen,
     "stop_subscribers": Asked, "close": Asked,
 }  # fmt: skip

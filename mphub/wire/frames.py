@@ -44,7 +44,7 @@ MAX_EVENTS: Final = 8192
 """Events in one frame: half a board, so that a whole frame always fits one subscriber's credit."""
 
 # publisher -> router
-HELLO_PUBLISHER, BATCH, REPLIES_TAKEN = 1, 2, 3
+HELLO_PUBLISHER, BATCH, REPLIES_TAKEN, WITHDRAW = 1, 2, 3, 4
 # router -> publisher
 CONFIRM, HOLD, REPLY, CLOSED = 10, 11, 12, 13
 # subscriber -> router
@@ -58,7 +58,7 @@ PART = 50
 MORE, LAST = b"+", b"."
 
 WIRE_KINDS: Final = frozenset(
-    {HELLO_PUBLISHER, BATCH, REPLIES_TAKEN, CONFIRM, HOLD, REPLY, CLOSED, HELLO_SUBSCRIBER, READY, REPORT}
+    {HELLO_PUBLISHER, BATCH, REPLIES_TAKEN, WITHDRAW, CONFIRM, HOLD, REPLY, CLOSED, HELLO_SUBSCRIBER, READY, REPORT}
     | {DELIVER, REPORT_CONFIRM, STOP, WELCOME, HELLO_CONTROL, CALL, ANSWER, PUSH, PART}
 )
 
@@ -203,6 +203,14 @@ class Reply(Wire, frozen=True):
 
 class RepliesTaken(Wire, frozen=True):
     numbers: list[Number]
+
+
+class Withdraw(Wire, frozen=True):
+    """Events of this publisher that are not wanted any more."""
+
+    numbers: list[Number]
+    kill: bool = False
+    """End the processes that run them."""
 
 
 class HelloSubscriber(Wire, frozen=True):
