@@ -158,14 +158,15 @@ class Retry:
         check_number("Retry", "max_delay", self.max_delay, 0)
 
 
-OVERFLOWS = ("block", "dead_letter", "drop_oldest", "drop_newest")
+OVERFLOWS = ("block", "dead_letter", "drop_oldest", "drop_newest", "latest")
 
 
 class Inbox(msgspec.Struct, frozen=True):
     """How much may wait for one subscriber, in events and bytes, and what becomes of more.
 
     ``block`` makes publishers of its keys wait while it is RUNNING; ``dead_letter`` makes dead letters with reason ``overflow``;
-    ``drop_oldest`` and ``drop_newest`` drop, counted as ``overflow``.
+    ``drop_oldest`` and ``drop_newest`` drop, counted as ``overflow``; ``latest`` keeps the newest event of each key, whatever the size, and
+    drops the oldest keys beyond it.
     """
 
     maxsize: int = 100_000
@@ -179,8 +180,6 @@ class Inbox(msgspec.Struct, frozen=True):
             parse_share(self.max_bytes, 100, "Inbox(max_bytes)")  # the hub knows of what
         else:
             msgspec.structs.force_setattr(self, "max_bytes", parse_size(self.max_bytes, "Inbox(max_bytes)"))
-        if self.overflow == "latest":
-            raise InvalidOption(f"Inbox(overflow): 'latest' is not available in this version; use one of {', '.join(OVERFLOWS)}")
         check_choice("Inbox", "overflow", self.overflow, OVERFLOWS)
         if self.expires is not None:
             raise InvalidOption("Inbox(expires): not available in this version; leave it None")

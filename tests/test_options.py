@@ -84,12 +84,6 @@ def test_a_wrong_value_is_refused_and_its_field_named(make: Callable[[], Option]
         make()
 
 
-@pytest.mark.parametrize("overflow", ["latest"])
-def test_an_overflow_to_come_is_refused_with_a_sentence(overflow: str) -> None:
-    with pytest.raises(InvalidOption, match=r"Inbox\(overflow\): .*not available"):
-        Inbox(overflow=overflow)
-
-
 def test_expires_is_refused_with_a_sentence() -> None:
     with pytest.raises(InvalidOption, match=r"Inbox\(expires\): not available"):
         Inbox(expires=5.0)

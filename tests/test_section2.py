@@ -164,9 +164,7 @@ def test_a_wrong_option_of_a_hub_is_named(options: dict[str, Any]) -> None:
 
 def test_options_of_later_versions_are_refused_by_name() -> None:
     hub = EventHub()
-    publisher = hub.publisher()
     calls: dict[str, Callable[..., object]] = {
-        "priority": lambda: publisher.publish("k", 1, priority=1),
         "retention": lambda: EventHub(retention=1),  # type: ignore[arg-type]
         "recycle": lambda: hub.subscribe("k", len, recycle=1),  # type: ignore[call-overload]
     }

@@ -28,7 +28,7 @@ from mphub.procs.letters import Cause, Letters
 from mphub.procs.mailbox import LASTING, Mailbox, event_id, single_portion
 from mphub.procs.recovery import recover
 from mphub.procs.room import Room
-from mphub.procs.withdrawals import CANCELLED, Withdrawals
+from mphub.procs.withdrawals import CANCELLED, OVERFLOW, Withdrawals
 from mphub.store.blobs import Blobs, References
 from mphub.store.board import Board
 from mphub.store.journal import Counters, Keeper, Progress, Single, Stored, SubscriberState, Turn
@@ -319,8 +319,7 @@ class Exchange:
                 batch, body = self.cut_out(row, index)
                 box.take_in(row.epoch, 1, share(batch))
                 box.wait_by_rank(batch, self.make_single(box, batch, body, row.epoch, 1, 0.0))
-        if box.overflow == "drop_oldest" and not box.unmet:
-            self._drop_oldest(box, max(0, box.pending - box.spec.inbox.maxsize))
+        self._drop_excess(box)
         self.touch(box)
         return subtract(spans, spans_of(found))
 
@@ -416,7 +415,7 @@ class Exchange:
             return []
         if box.sieve is not None:
             spans = self._sift(box, box.sieve, row, spans)
-        if box.overflow in ("block", "drop_oldest"):
+        if box.overflow in ("block", "drop_oldest", "latest"):
             return spans
         taken = first_of(spans, box.room())
         if excess := subtract(spans, taken):
@@ -438,9 +437,9 @@ class Exchange:
         if box.overflow == "dead_letter":
             box.counters.accepted += length(spans)
             self.touch(box)
-            self.letters.bury_untried(box, row, spans, "overflow")
+            self.letters.bury_untried(box, row, spans, OVERFLOW)
         else:
-            self._refuse(box, row, spans, "overflow")
+            self._refuse(box, row, spans, OVERFLOW)
 
     def _refuse(self, box: Mailbox, row: Row, spans: Spans, reason: str) -> None:
         """Drop new events."""
@@ -455,18 +454,20 @@ class Exchange:
             self.letters.answer(row, index, outcome, body)
 
     def _deliver_to(self, box: Mailbox, portion: Portion) -> None:
-        excess = max(0, portion.count - box.room()) if box.overflow == "drop_oldest" and not box.unmet else 0
         box.account(portion)
         self.touch(box)
+        if box.overflow == "latest":
+            self.withdrawals.replace(box, portion)
         box.enqueue(portion)
-        if excess:
-            self._drop_oldest(box, excess)
+        self._drop_excess(box)
 
-    def _drop_oldest(self, box: Mailbox, excess: int) -> None:
-        """Drop what has waited longest; what the process has been given stays."""
-        while excess and box.has_waiting:
-            for portion, spans in box.window.take_oldest(excess):
-                excess -= self.drop(box, portion, spans, "overflow")
+    def _drop_excess(self, box: Mailbox) -> None:
+        """Drop what has waited longest, if that is the rule; what the process has been given stays."""
+        if box.overflow not in ("drop_oldest", "latest") or box.unmet:
+            return
+        while (excess := box.excess) and box.has_waiting:
+            for portion, spans in list(box.window.take_oldest(excess)):
+                self.drop(box, portion, spans, OVERFLOW)
             self.refill(box)
 
     # -- what became of them

@@ -13,6 +13,7 @@ import msgspec
 from mphub.core.order import Order
 from mphub.core.rate import Quota
 from mphub.core.rows import Row, share
+from mphub.core.spans import Spans, indexes, spans_of
 from mphub.core.window import Portion, Window
 from mphub.options import MOST
 from mphub.store.journal import Counters, Single, SubscriberState
@@ -53,6 +54,8 @@ class Mailbox:
     """Live incarnations that have not told this router what they hold: that looks as if it waited."""
     withdrawn: set[tuple[int, int]] = field(default_factory=set)
     """(row, index) of events that a process has in hand and that are to be dropped if they come back."""
+    newest: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """key -> (row, index) of its last event, which may be through by now; kept if each key has only that."""
     noted: set[int] = field(default_factory=set)
     """Rows with a progress row in the journal."""
     max_bytes: int = 0
@@ -150,6 +153,13 @@ class Mailbox:
         """Return how many events still fit."""
         return 0 if self.bytes >= self.max_bytes else max(0, self.spec.inbox.maxsize - self.pending)
 
+    @property
+    def excess(self) -> int:
+        """Return how many events are more than fit."""
+        too_many = max(0, self.pending - self.spec.inbox.maxsize)
+        too_heavy = max(0, self.bytes - self.max_bytes)
+        return max(too_many, -(-too_heavy * self.pending // self.bytes)) if too_heavy else too_many
+
     def wants_more(self) -> bool:
         window = self.window
         return window.loaded < WINDOW_EVENTS and window.loaded_bytes < WINDOW_BYTES
@@ -184,6 +194,31 @@ class Mailbox:
         self.window.add(portion)
         if not portion.row.single:
             heapq.heappush(self.open, portion.row.id)
+
+    def note_newest(self, portion: Portion) -> dict[int, list[int]]:
+        """Note the last event of each key; return those before them in earlier rows: row -> indexes."""
+        batch, number = portion.row.batch, portion.row.id
+        older: dict[int, list[int]] = {}
+        for index in indexes(portion.todo):
+            key = batch.key(index)
+            row, before = self.newest.get(key, (number, 0))
+            if row != number:
+                older.setdefault(row, []).append(before)
+            self.newest[key] = (number, index)
+        if len(self.newest) > 2 * self.unfinished + WINDOW_EVENTS:
+            self._forget_gone()
+        return older
+
+    def newest_of(self, portion: Portion) -> Spans:
+        """Return which events of a portion are the last ones of their keys."""
+        batch, number = portion.row.batch, portion.row.id
+        return spans_of(index for index in indexes(portion.todo) if self.newest[batch.key(index)] == (number, index))
+
+    def _forget_gone(self) -> None:
+        """Forget keys of which nothing waits."""
+        waiting = {(piece.portion.row.id, index) for piece in self.window.waiting for index in indexes(piece.spans)}
+        tail = inf if self.tail is None else self.tail
+        self.newest = {key: place for key, place in self.newest.items() if place in waiting or place[0] >= tail}
 
     def wait_by_rank(self, batch: Batch, number: int, due: float = 0.0) -> None:
         """Let an event with a priority, in a row of its own, wait for its turn."""

@@ -92,6 +92,10 @@ def load_everywhere(exchange: Exchange, number: int, stored: Stored, progress: d
 def load_into(exchange: Exchange, box: Mailbox, number: int, stored: Stored, progress: dict[int, Progress]) -> None:
     spans = progress[number].todo if number in progress else stored.matched[box.number]
     box.bytes += (length(list(spans)) if spans is not None else stored.batch.count) * share(stored.batch)
+    if box.overflow == "latest":
+        portion = exchange.portion_of(box, number)
+        if portion is not None:
+            box.note_newest(portion)
     if box.tail is None and box.wants_more():
         exchange.load_row(box, number, stored)
     elif box.tail is None:

@@ -1,4 +1,4 @@
-"""What an exchange does when events are cancelled: drop what nobody has started, and what comes back unfinished of the rest."""
+"""What an exchange does when events are cancelled or replaced: drop what nobody has started, and what comes back of the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mphub.core.order import ordering_key
-from mphub.core.spans import Spans, contains, length, spans_of
+from mphub.core.spans import Spans, contains, length, spans_of, subtract
 from mphub.core.window import Portion
 from mphub.procs.consumer import Consumer
 from mphub.procs.mailbox import Mailbox
@@ -19,7 +19,7 @@ from mphub.wire.frames import Batch
 if TYPE_CHECKING:
     from mphub.procs.exchange import Exchange
 
-CANCELLED = "cancelled"
+CANCELLED, OVERFLOW = "cancelled", "overflow"
 
 
 class Head(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -81,14 +81,17 @@ class Withdrawals:
         """Find them behind the window."""
         if box.tail is None:
             return
-        rows = [
-            (int.from_bytes(key, "big"), indexes)
+        rows = {
+            int.from_bytes(key, "big"): indexes
             for key, value in self.exchange.journal.scan("rows", box.tail.to_bytes(8, "big"))
             if (indexes := wanted.within(_head.decode(value).batch))
-        ]
-        for number, indexes in rows:
+        }
+        yield from self._from_rows(box, rows)
+
+    def _from_rows(self, box: Mailbox, rows: dict[int, list[int]]) -> Iterator[tuple[Portion, Spans]]:
+        for number, indexes in rows.items():
             portion = self.exchange.portion_of(box, number)
-            spans = spans_of(i for i in indexes if portion is not None and contains(portion.todo, i))
+            spans = spans_of(i for i in sorted(indexes) if portion is not None and contains(portion.todo, i))
             if portion is not None and spans:
                 if spans == portion.todo:
                     heapq.heappush(box.open, number)  # the cursor passes it like one that was in the window
@@ -110,6 +113,18 @@ class Withdrawals:
             if portion.attempts:
                 box.window.resume(ordering_key(portion.row.batch, 0))
             yield portion, [(0, 1)]
+
+    def replace(self, box: Mailbox, portion: Portion) -> None:
+        """Drop of new events all but the last of each key, and what has waited of these keys."""
+        older = box.note_newest(portion)
+        earlier = subtract(portion.todo, box.newest_of(portion))
+        if earlier:
+            self.exchange.drop(box, portion, earlier, OVERFLOW)
+        found = box.window.withdraw(lambda portion: sorted(older.get(portion.row.id, ())))
+        if box.tail is not None:
+            found += self._from_rows(box, {row: indexes for row, indexes in older.items() if row >= box.tail})
+        for each, spans in found:
+            self.exchange.drop(box, each, spans, OVERFLOW)
 
     def held_by(self, consumers: Iterable[Consumer], ids: Iterable[int]) -> list[tuple[Consumer, int]]:
         """Note what processes have in hand, so that it is dropped if it comes back; return (process, delivery number)."""
