@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from mphub.clock import Clock
 from mphub.connection import Address, connection_to, drop_connection
 from mphub.errors import DrainTimeout, InvalidOption, RemoteTraceback, SubscriberFatal, SubscriberPaused, load_error
 from mphub.events import DeadLetter, EventId, Progress, Topic
@@ -225,8 +226,8 @@ class ProcessEngine:
 class InlineEngine:
     """The caller's thread."""
 
-    def __init__(self, folder: str, max_bytes: int, console: Console, *, propagate: bool) -> None:
-        self.inline = Inline(folder, max_bytes, propagate=propagate)
+    def __init__(self, folder: str, max_bytes: int, console: Console, clock: Clock, *, propagate: bool) -> None:
+        self.inline = Inline(folder, max_bytes, clock, propagate=propagate)
         self.limiter = Limiter()
         self.console = console
         self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = None
@@ -294,10 +295,17 @@ class InlineEngine:
         check_ids([event_id])
         return self.inline.cancel([event_id])
 
+    def work_off(self) -> None:
+        """Handle what is due by now."""
+        try:
+            self.inline.work_off()
+        finally:
+            self._tell()
+
     def drain(self, timeout: float | None, progress: Watcher) -> None:
         with watching(progress) as tell:
             began = time.monotonic()
-            self.inline.work_off()
+            self.inline.work_off(patient=True)
             if tell is not None:
                 tell(progress_of(self.statistics(), began))
         self._tell()

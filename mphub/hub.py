@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack, overload
 import msgspec
 import psutil
 
+from mphub.clock import Clock, SystemClock
 from mphub.connection import Address, connection_to
 from mphub.core.keys import check_key, nearest
 from mphub.engine import Engine, InlineEngine, ProcessEngine
@@ -149,6 +150,7 @@ class EventHub:
         born, largest = psutil.Process().create_time(), int(self._max_bytes * ADMIT)
         self._address = Address(str(folder), os.urandom(16), self.name, getpid(), born, largest)
         self._console = Console(unmatched)
+        self._clock: Clock = SystemClock()
         self._subscriptions = Registry()
         self._leaving: set[str] = set()
         """Those that are being unsubscribed."""
@@ -214,7 +216,7 @@ class EventHub:
 
     def _make_engine(self) -> Engine:
         if self._kind == "inline":
-            return InlineEngine(self._address.folder, self._max_bytes, self._console, propagate=self._propagate)
+            return InlineEngine(self._address.folder, self._max_bytes, self._console, self._clock, propagate=self._propagate)
         return ProcessEngine(self._address, self._max_bytes, self._stop, self._console)
 
     def _wait_all(self, timeout: float | None) -> None:
@@ -471,7 +473,7 @@ class EventHub:
         special = headers or now or confirm or priority or delay or ordering_key or expires is not None
         if here is not None and holder.context is None and not special:
             return here(key, payload)
-        extra = extra_of(ordering_key, headers, priority, delay, expires)
+        extra = extra_of(ordering_key, headers, priority, delay, expires, self._now)
         name = check_key(key if type(key) is str else str_of(key))
         if holder.context is not None and (context := self._surrounding()) is not None:
             return publish_inside(context, name, payload, extra, now=now, confirm=confirm)
@@ -586,7 +588,7 @@ class EventHub:
         return self._request(check_key(str_of(key)), payload, to, expires)
 
     def _request(self, key: str, payload: object, to: str | None, expires: float | None) -> Reply[Any]:
-        extra = extra_of(expires=expires) if expires is not None else None
+        extra = extra_of(expires=expires, clock=self._now) if expires is not None else None
         context = self._surrounding()
         if context is not None:
             return context.request(key, payload, to, extra)
@@ -724,6 +726,11 @@ class EventHub:
         if context is None or context.folder == self._address.folder or (self._engine is None and self._pid == getpid()):
             return context
         return None
+
+    def _now(self) -> float:
+        """Return the time of the handler that this is in, or else of this hub."""
+        context = self._surrounding()
+        return self._clock() if context is None else context.clock()
 
     def _running(self, what: str) -> Engine:
         self._must_own(what)

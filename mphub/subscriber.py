@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
 from mphub.core.keys import check_key
@@ -63,6 +63,9 @@ class Context(Protocol):
     thread: int
     folder: str
     """Of the hub whose handler it is."""
+
+    @property
+    def clock(self) -> Callable[[], float]: ...
 
     def publish(self, key: str, payload: object, extra: Extra | None, *, now: bool) -> EventId: ...
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None: ...
@@ -162,8 +165,9 @@ def publish(
     With ``now=True`` it goes out at once, at least once, also when this attempt fails later. ``delay``, ``expires``: seconds from now.
     Raises HubError outside a handler, InvalidKey, InvalidOption, PayloadError.
     """
-    extra = extra_of(ordering_key, headers, priority, delay, expires)
-    return _context("publish").publish(check_key(str_of(key)), payload, extra, now=now)
+    context = _context("publish")
+    extra = extra_of(ordering_key, headers, priority, delay, expires, context.clock)
+    return context.publish(check_key(str_of(key)), payload, extra, now=now)
 
 
 def current_event() -> Event:

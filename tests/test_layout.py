@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mphub"
 LAYERS = (
-    {"errors", "options", "events", "failpoints"},
+    {"errors", "options", "events", "failpoints", "clock"},
     {"wire", "core"},
     {"store"},
     {"observe"},

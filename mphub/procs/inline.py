@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from mphub.clock import Clock
 from mphub.connection import settle_reply
 from mphub.core.delivery import Held
 from mphub.core.keys import check_name
@@ -61,10 +62,10 @@ class Post(Consumer):
 class Inline:
     """Runs handlers in the caller's thread, one outermost publish at a time."""
 
-    def __init__(self, folder: str, max_bytes: int, *, propagate: bool) -> None:
-        self.folder, self.propagate = folder, propagate
+    def __init__(self, folder: str, max_bytes: int, clock: Clock, *, propagate: bool) -> None:
+        self.folder, self.clock, self.propagate = folder, clock, propagate
         self.id = int.from_bytes(os.urandom(8), "big")
-        self.exchange = Exchange(MemoryJournal(), NoBlobs("/nonexistent"), max_bytes, time.time)
+        self.exchange = Exchange(MemoryJournal(), NoBlobs("/nonexistent"), max_bytes, clock)
         self.posts: dict[str, Post] = {}
         self.errors: dict[str, tuple[bytes, str]] = {}
         """(exception, traceback) of what could not be set up."""
@@ -82,7 +83,7 @@ class Inline:
         self._busy = False
 
     def _no_outputs(self) -> Outputs:
-        return Outputs(int.from_bytes(os.urandom(8), "big"), self.exchange.blobs, self.exchange.admitted, large=1 << 62)
+        return Outputs(int.from_bytes(os.urandom(8), "big"), self.exchange.blobs, self.exchange.admitted, large=1 << 62, clock=self.clock)
 
     # -- life
 
@@ -202,7 +203,7 @@ class Inline:
         codec.check_size(data, self.exchange.admitted)
         with self._turn():
             number = self._take_in(key, data, extra, target, reply, strict)
-            self.work_off()
+            self.work_off(reply)
             return EventId.make(self.id, number)
 
     def send_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
@@ -221,7 +222,7 @@ class Inline:
         """Take in one event as a batch of its own; return its number."""
         self._number = number = self._number + 1
         batch = Batch(
-            self.id, number, number, 1, [key], [0], time.time(), 0, target, reply is not None, strict,
+            self.id, number, number, 1, [key], [0], self.clock(), 0, target, reply is not None, strict,
             size=len(data), extras={0: extra} if extra else None,
         )  # fmt: skip
         if reply is not None:
@@ -233,14 +234,17 @@ class Inline:
             raise NoSubscriber(refused[1])
         return number
 
-    def work_off(self) -> None:
-        """Handle what waits, in the order published, until nothing moves; retry delays are slept here."""
+    def work_off(self, reply: Reply[object] | None = None, *, patient: bool = False) -> None:
+        """Handle what waits, in the order published, until nothing moves; what is to start later is waited for as the clock has it.
+
+        A patient caller has nothing else to do; so has who asked, until there is a reply.
+        """
         with self._turn():
             if self._busy:
                 return  # a handler published: its event waits its turn
             self._busy = True
             try:
-                while self._step():
+                while self._step(reply, patient=patient):
                     pass
             finally:
                 self._busy = False
@@ -248,25 +252,24 @@ class Inline:
             if error is not None:
                 raise error
 
-    def _step(self) -> bool:
+    def _step(self, reply: Reply[object] | None, *, patient: bool = False) -> bool:
         self._answer()
         posts = self.posts.values()  # but those of handlers that wait for an answer
         waiting = [post for post in posts if post.box.window.waiting and not post.delivery.held and post.box.status != "PAUSED"]
         for post in sorted(waiting, key=lambda post: post.box.window.waiting[0].portion.row.id):
-            held = post.take(1, time.time())
+            held = post.take(1, self.clock())
             if held is not None:
                 self._run(post, held)
                 return True
-        return self._wait()
+        return self._wait(patient or (reply is not None and not reply.done()))
 
-    def _wait(self) -> bool:
-        """Sleep until a retry is due or a rate lets more start; say whether there is something to wait for."""
+    def _wait(self, patient: bool) -> bool:
+        """Go on to when a retry is due or a rate lets more start, and drop what is too late by now; say whether there was something."""
         due = min((post.box.starts_at for post in self.posts.values() if not post.box.is_at_rest), default=inf)
-        if due == inf and not self.exchange.is_due(time.time()):
+        if not (due < inf and self.clock.wait_until(due, patient=patient)) and not self.exchange.is_due(self.clock()):
             return False
-        time.sleep(max(0.0, due - time.time()))
         with self.exchange.turn():
-            self.exchange.wake(time.time())
+            self.exchange.wake(self.clock())
         return True
 
     def _answer(self) -> None:
@@ -310,7 +313,7 @@ class Inline:
         report = Report(post.frame, held.number + held.count, 0, 0.0, failures, self.outputs.take(), replies, filtered=filtered)
         seconds = time.perf_counter() - started
         with self.exchange.turn():
-            self.exchange.report(post, report, time.time())
+            self.exchange.report(post, report, self.clock())
             post.box.counters.seconds += seconds
             post.box.samples.append(seconds)
         self.exchange.told = False
@@ -383,7 +386,7 @@ class Inline:
         before = self.name, self.thread, self._current, self.outputs
         self.outputs = self._no_outputs()
         try:
-            while not reply.done() and self._step():
+            while not reply.done() and self._step(reply):
                 self._answer()
         finally:
             self.name, self.thread, self._current, self.outputs = before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 from mphub.store.blobs import Blobs
@@ -14,8 +15,10 @@ from mphub.wire.frames import BLOB_MIN, MAX_EVENTS, Batch, Extra, Output, join
 class Outputs:
     """Collects per event (``fresh``), then per report (``kept``): a failing event takes only its own back."""
 
-    def __init__(self, incarnation: int, blobs: Blobs, largest: int, large: int = BLOB_MIN) -> None:
-        self.incarnation, self.blobs, self.largest, self.large = incarnation, blobs, largest, large
+    def __init__(
+        self, incarnation: int, blobs: Blobs, largest: int, large: int = BLOB_MIN, clock: Callable[[], float] = time.time
+    ) -> None:  # fmt: skip
+        self.incarnation, self.blobs, self.largest, self.large, self.clock = incarnation, blobs, largest, large, clock
         self.fresh: list[tuple[str, bytes | Parts, Extra | None]] = []
         self.kept: list[Output] = []
         self.size = 0
@@ -104,7 +107,7 @@ class Outputs:
         keys = [events[i][0] for i in starts]
         extras = {i: extra for i, (_, extra) in enumerate(events) if extra is not None}
         batch = Batch(
-            self.incarnation, 0, self._number + 1, len(events), keys, starts, time.time(), self._epoch, blob=blob, size=size,
+            self.incarnation, 0, self._number + 1, len(events), keys, starts, self.clock(), self._epoch, blob=blob, size=size,
             extras=extras or None,
         )  # fmt: skip
         self._number += len(events)

@@ -58,7 +58,7 @@ class Worker:
     """One incarnation of a subscriber."""
 
     def __init__(self, address: Address, spec: Spec, incarnation: int, replica: int, board: Path) -> None:
-        self.folder = address.folder
+        self.folder, self.clock = address.folder, time.time
         self.address, self.spec, self.name, self.incarnation, self.replica = address, spec, spec.name, incarnation, replica
         self.thread = threading.get_ident()
         self.board = Board(board)

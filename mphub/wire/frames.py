@@ -11,7 +11,7 @@ import resource
 import struct
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
@@ -102,7 +102,7 @@ class Extra(Wire, frozen=True):
 
 def extra_of(
     ordering_key: str | None = None, headers: dict[str, str] | None = None, priority: int = 0, delay: float = 0.0,
-    expires: float | None = None,
+    expires: float | None = None, clock: Callable[[], float] = time.time,
 ) -> Extra | None:  # fmt: skip
     """Return what goes with an event, checked here: a peer that cannot read it closes the connection.
 
@@ -121,7 +121,7 @@ def extra_of(
         check_number("publish", "expires", expires, delay, above=True)
     if ordering_key is None and not headers and not delay and not priority and expires is None:
         return None
-    now = time.time()
+    now = clock()
     extra = Extra(ordering_key, headers, now + delay if delay else 0.0, now + expires if expires is not None else 0.0, priority)
     if extra.size > MAX_EXTRA:
         raise InvalidOption(f"headers and ordering_key: got {extra.size} bytes; expected at most {MAX_EXTRA}: put it into the payload")
