@@ -16,6 +16,7 @@ import pytest
 
 from tests.helpers import eventually
 
+pytest_plugins = ["pytester"]
 GUARDED = {"procs", "faults"}
 PATIENCE = 2.0
 """Seconds after which the promise says that nothing is left."""
@@ -72,6 +73,14 @@ class Traces:
 def engine(request: pytest.FixtureRequest) -> str:
     """Both engines, side by side."""
     return str(request.param)
+
+
+@pytest.fixture
+def users(pytester: pytest.Pytester) -> pytest.Pytester:
+    """A project of somebody who tests with the plugin."""
+    options = "-p mphub.testing -p no:cacheprovider -p no:xdist -p no:hypothesispytest --import-mode=importlib"
+    pytester.makeini(f"[pytest]\naddopts = {options}\n")
+    return pytester
 
 
 @pytest.fixture(autouse=True)

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable
 
+from mphub.testing.traces import eventually
 
-def eventually(condition: Callable[[], object], timeout: float = 5.0, interval: float = 0.01) -> bool:
-    """Poll until the condition is true, at most ``timeout`` seconds, and return whether it became true."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(interval)
-    return True
+__all__ = ["eventually", "without_address"]
 
 
 def without_address(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The docs are true: every ``python`` block runs, as a script of its own in a fresh process, and links lead somewhere.
+"""The docs are true: every ``python`` block runs, as a script of its own (or as tests) in a fresh process, and links lead somewhere.
 
 A ``text`` block behind a ``python`` block is its stdout, a ``stderr`` block its stderr, where numbers of processes, ids, folders and line
 numbers may differ and a line of three dots stands for any lines. A block tagged ``py`` shows what others write, or a signature, and is
@@ -27,6 +27,8 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+PYTEST = ("-m", "pytest", "-p", "mphub.testing", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+"""How a block is run that defines tests."""
 VARIABLE = (
     (r"\b[0-9a-f]{26,}\b", "ID"),
     (r"\bprocess \d+", "process N"),
@@ -104,10 +106,10 @@ def what_to_name(name: str) -> Iterator[str]:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_examples_run_and_print_what_the_page_says(example: Example, tmp_path: Path) -> None:
-    script = tmp_path / "example.py"
+    script = tmp_path / "test_example.py"
     script.write_text(example.code, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(script)]
+    command = [sys.executable, *(PYTEST if "\ndef test_" in example.code else ()), str(script)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=50, check=False)
     assert done.returncode == 0, done.stderr
     if "text" in example.expected:
