@@ -166,6 +166,28 @@ def test_a_program_s_own_hub_runs_in_the_test_s_thread_and_is_what_it_was_afterw
         assert app.statistics().subscribers["invoice"].handled == 1
 
 
+def test_a_handler_that_was_subscribed_before_publishes_by_the_test_s_clock(clock: Clock) -> None:
+    hub = EventHub()
+    hub.subscribe("a", lambda n: hub.publish("b", n, delay=5.0))
+    with running(hub, clock=clock):
+        seen = Recorder(hub, "b")
+        hub.publish("a", 1)
+        clock.advance(4.0)
+        assert not seen.events
+        clock.advance(1.0)
+        assert seen.payloads == [1]
+
+
+def test_what_an_earlier_run_left_is_none_of_the_next_one_s_business() -> None:
+    hub = EventHub(engine="inline", propagate=False)
+    hub.subscribe("k", fail)
+    with running(hub, check=False):
+        hub.publish("k", 1)
+    assert len(hub.dead_letters()) == 1
+    with running(hub, start=False):
+        pass
+
+
 def test_a_program_may_start_and_stop_its_hub_by_itself(clock: Clock) -> None:
     def main() -> int:
         with app:
@@ -195,9 +217,27 @@ def test_dead_letters_that_are_left_are_raised_unless_they_were_raised_before() 
         quiet.publish("k", 1)
 
 
+def test_a_failure_that_waits_for_another_try_at_the_end_fails_the_test() -> None:
+    hub = EventHub()
+    hub.subscribe("k", fail, retry=Retry(3, on=ValueError, delay=5.0))
+    with pytest.raises(AssertionError, match="fail: an event of key 'k' has failed and waits for attempt 2"), running(hub):
+        hub.publish("k", 1)
+    with running(hub, check=False):
+        hub.publish("k", 1)
+    with running(hub):
+        hub.subscribe("l", again)
+        hub.publish("l", 1)
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"engine": "proces"}, "engine"), ({"clock": 3}, "clock"), ({"check": "no"}, "check"), ({"start": 1}, "start")],
+    [
+        ({"engine": "proces"}, "engine"),
+        ({"clock": 3}, "clock"),
+        ({"clock": Clock(), "engine": "process"}, "clock"),
+        ({"check": "no"}, "check"),
+        ({"start": 1}, "start"),
+    ],
 )
 def test_a_wrong_option_is_named(options: dict[str, object], word: str) -> None:
     with pytest.raises(InvalidOption, match=word), running(EventHub(), **options):  # type: ignore[arg-type]

@@ -54,8 +54,9 @@ class Work(Subscriber[int, int | None]):
 
 def test_a_process_dies_as_it_handles_an_event_before_or_after_its_work(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with running(EventHub(), "process") as hub:
-        hub.subscribe("k.*", Work(log), name="work", to="done")
+    hub = EventHub(initializer=partial(note, tmp_path / "begun", ""))
+    hub.subscribe("k.*", Work(log), name="work", to="done")
+    with running(hub, "process"):
         seen, everything = Recorder(hub, "done"), Recorder(hub, ">")
         with kill_on(hub, key="k.x", position=2) as kills:
             hub.publish_batch("k.y", [5, 6])
@@ -72,6 +73,7 @@ def test_a_process_dies_as_it_handles_an_event_before_or_after_its_work(tmp_path
         assert hub.statistics().subscribers[everything.name].restarts == 0
         with kill_on(hub, everything.name):
             hub.publish("k.x", 10)
+    assert len(lines(tmp_path / "begun")) == 3 + 4  # subscribers and restarts
 
 
 def test_deaths_that_do_not_come_and_deaths_that_are_too_many_fail_the_test(tmp_path: Path) -> None:
