@@ -1,6 +1,6 @@
 """The pytest plugin of mphub: ``mphub.testing`` as fixtures.
 
-It is no part of the package, so that pytest, which loads it in every run, imports nothing of mphub where nothing of mphub is tested.
+It is installed beside the package, so that pytest, which loads it in every run, imports nothing of mphub where nothing of mphub is tested.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from mphub import EventHub
+    from mphub.hub import EventHub
     from mphub.testing import Clock
 
 RAISED = pytest.StashKey[bool]()
@@ -60,7 +60,7 @@ def process_hub(request: pytest.FixtureRequest) -> Iterator[EventHub]:
 
 
 def _hub(request: pytest.FixtureRequest, engine: str, clock: Clock | None) -> Iterator[EventHub]:
-    from mphub import EventHub
+    from mphub.hub import EventHub
     from mphub.testing import running
 
     marker = request.node.get_closest_marker("mphub")
