@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from mphub.core.delivery import DONE, FAILED, FILTERED, HANDLED, RUNNING, Held
 from mphub.procs.consumer import Consumer
 from mphub.procs.mailbox import Mailbox
@@ -39,6 +41,7 @@ class Seat(Consumer):
         "met",
         "patience",
         "ready",
+        "slow_at",
         "stopping",
         "stream",
         "told",
@@ -54,6 +57,8 @@ class Seat(Consumer):
         self.fenced = False
         """Nothing from it counts any more: it is to be ended."""
         self.ready = False
+        self.slow_at = inf
+        """When it has been silent for too long, by the monotonic clock, if it is one of several and holds more than one event."""
         self.stopping = False
         self.unconfirmed, self.patience = 0, CONFIRM_EVERY
         """Reports that it has not been told of, and how many of them may wait for a delivery to ride on."""

@@ -67,6 +67,8 @@ LONGEST_WAIT = 3600.0
 """Seconds; a selector refuses to wait for more than some weeks."""
 CENSUS = 1.0
 """Seconds between two looks whether publishers that are not connected live."""
+SLOW_AFTER = 0.03
+"""Seconds without a word from a replica that holds several events, from which it is slower than it seemed."""
 EVEN_REST = 20
 """Times as long as a look at all that waits took until the next one: a twentieth of the router's time at most."""
 HALF = frames.HEAD.pack(0, frames.DELIVER, 0)
@@ -158,12 +160,15 @@ class Router:
         """Do what the clock asks for, and note when to look again."""
         for stream in self.door.overdue():
             self._drop(stream)
+        for seat in self.seats.values():
+            if seat.slow_at <= now:
+                self._take_from_slow(seat, now)
         if self._someone_is_absent() and now >= self.census_at:
             self._forget_the_dead()
         if now >= self.end_at:
             fork.kill(os.getppid())  # and so this process and all others
         census = [self.census_at] if self._someone_is_absent() else []
-        self.look_at = min([self.end_at, *self.door.due(), *census])
+        self.look_at = min([self.end_at, *self.door.due(), *census, *(seat.slow_at for seat in self.seats.values())])
 
     def _timeout(self) -> float | None:
         due = self.exchange.next_due()
@@ -418,10 +423,14 @@ class Router:
             stream.send(frames.REPORT_CONFIRM, encode(seat.told))
 
     def _deal(self, seat: Seat, stream: Stream) -> None:
-        share, now = self._share(seat) if seat.box in self.shared else SLOTS, time.time()
+        shares = seat.box in self.shared
+        share, now = self._share(seat) if shares else SLOTS, time.time()
         while share > 0 and len(stream.out) < MAX_AHEAD and (held := seat.take(share, now)) is not None:
             share -= length(held.spans)
             self._hand_out(seat, stream, held)
+        if shares:
+            seat.slow_at = time.monotonic() + SLOW_AFTER if seat.delivery.holding > 1 else math.inf
+            self.look_at = min(self.look_at, seat.slow_at)
 
     def _even_out(self, seat: Seat, stream: Stream) -> None:
         """Let a replica without work have what waits for others alone, but for the keys that they hold events of."""
@@ -433,6 +442,15 @@ class Router:
         box.even_at = now + EVEN_REST * (time.monotonic() - now)
         if not seat.delivery.holding:
             self.exchange.note_hot_key(box)
+
+    def _take_from_slow(self, seat: Seat, now: float) -> None:
+        """Want back what a replica has not started that is slower than it seemed, if another has nothing to do."""
+        seat.slow_at = now + SLOW_AFTER if seat.delivery.holding > 1 else math.inf
+        someone_is_idle = any(
+            other.box is seat.box and other.may_take() and not other.delivery.holding for other in self.seats.values()
+        )  # fmt: skip
+        if seat.delivery.holding > 1 and someone_is_idle and not seat.box.window.loaded:
+            seat.board.set_flag(RECALLED)
 
     def _seats_in_turn(self) -> Iterable[Seat]:
         """Return all seats; of replicas the least busy first."""

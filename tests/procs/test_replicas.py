@@ -160,3 +160,22 @@ def test_auto_is_as_many_as_there_are_cores() -> None:
             assert len(alone.statistics().pids) == 1
     finally:
         os.sched_setaffinity(0, cores)
+
+
+def test_what_a_slow_event_keeps_from_starting_goes_to_a_replica_that_is_free(tmp_path: Path) -> None:
+    """They looked fast, so that one replica was given several: it gives back what it has not started."""
+
+    def work(seconds: float) -> None:
+        time.sleep(seconds)
+        if seconds:
+            note(tmp_path / "log", mphub.current_event().replica)
+
+    hub = EventHub()
+    hub.subscribe("k", work, replicas=2)
+    with hub:
+        list(hub.map("k", [0.0] * 500))  # from here on they are known to be fast
+        with hub.transaction() as together:
+            for seconds in [0.15] * 6 + [0.0] * 6:
+                together.publish("k", seconds)
+        hub.drain(20)
+    assert set(lines(tmp_path / "log")) == {"0", "1"}
