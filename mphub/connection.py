@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from mphub import failpoints
-from mphub.core.keys import check_key, check_name, known, matches
+from mphub.core.keys import check_key, known, matches
 from mphub.errors import DrainTimeout, HubClosed, HubError, MphubError, NoSubscriber, PayloadError
 from mphub.events import EventId, Topic, str_of
 from mphub.reader import Dialer, Reader
@@ -176,10 +176,8 @@ class Connection:
     def request(self, key: str, payload: object, target: str | None, extra: Extra | None = None) -> Reply[object]:
         """Send one event whose handler's result comes back.
 
-        Raises InvalidOption, PayloadError, HubClosed.
+        ``target``: a name that has been checked. Raises PayloadError, HubClosed.
         """
-        if target is not None:
-            check_name(target, "to")
         data = codec.encode_apart(payload)
         reply: Reply[object] = Reply()
         with self._enter():
@@ -414,7 +412,7 @@ class Connection:
 
     def close(self, timeout: float = LAST_FLUSH) -> None:
         """Flush, and end the connection; what could not be sent is logged."""
-        if self._dialer.pid != os.getpid() or self._reader is None:
+        if self._reader is None or not self._reader.is_ours:
             return
         try:
             if self._ended is None:
@@ -591,6 +589,8 @@ def _reset_all() -> None:
         if line is not None:  # only this process's copy of the descriptor: a shutdown would end the parent's stream
             with contextlib.suppress(OSError):
                 socket.close(line.sock.detach())
+        if connection._reader is not None:
+            connection._reader.is_ours = False
         connection._reset()
 
 

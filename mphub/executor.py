@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+FEW = 1000
 POLL = 0.01
 """Seconds between two looks at what still runs."""
 Task = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -38,7 +41,9 @@ class HubExecutor(Executor):
         self._lock = threading.Lock()
         self._is_shut = False
         self._end: threading.Thread
-        self._pending: set[Reply[Any]] = set()
+        self._calls: deque[Reply[Any]] = deque()
+        self._many = FEW
+        """Calls from which those that have ended are let go: a callback for each would cost a third of a call."""
 
     @property
     def subscription(self) -> Subscription[Task, Any]:
@@ -53,12 +58,18 @@ class HubExecutor(Executor):
         if self._is_shut:
             raise RuntimeError("cannot schedule new futures after shutdown")
         reply: Reply[R] = self._subscription.request((fn, args, kwargs))
-        self._pending.add(reply)
-        reply.add_done_callback(self._forget)
+        self._calls.append(reply)
+        if len(self._calls) >= self._many:
+            self._forget_done()
         return reply
 
-    def _forget(self, reply: Any) -> None:
-        self._pending.discard(reply)
+    def _forget_done(self) -> None:
+        for _ in range(len(self._calls)):  # other threads add at its end meanwhile
+            with contextlib.suppress(IndexError):
+                reply = self._calls.popleft()
+                if not reply.done():
+                    self._calls.append(reply)
+        self._many = FEW + 2 * len(self._calls)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls, and end the processes once all are done; with ``wait`` return then.
@@ -83,7 +94,7 @@ class HubExecutor(Executor):
         self._subscription.pause()
         while True:
             statistics = self._subscription.statistics()
-            waits = [reply for reply in list(self._pending) if not reply.done()]
+            waits = [reply for reply in list(self._calls) if not reply.done()]
             if not statistics.running and len(waits) <= statistics.waiting:
                 break
             time.sleep(POLL)

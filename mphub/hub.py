@@ -22,7 +22,7 @@ import psutil
 
 from mphub.clock import Clock, SystemClock
 from mphub.connection import Address, connection_to
-from mphub.core.keys import check_key, nearest
+from mphub.core.keys import check_key, check_target, nearest
 from mphub.engine import Engine, InlineEngine, ProcessEngine
 from mphub.errors import (
     DeadLettersLeft,
@@ -160,7 +160,8 @@ class EventHub:
         self._final: tuple[HubStatistics, list[DeadLetter]] | None = None
         self._given_up = 0
         self._lock = threading.RLock()
-        self._pid: int | None = getpid()
+        self._is_ours = True
+        """This is the process that made it, not one that was forked or sent it; asking for the pid takes a microsecond."""
         self._up = threading.Event()
         """Set while it runs."""
         self._here: Callable[[str | Topic[Any], object], EventId] | None = None
@@ -265,7 +266,7 @@ class EventHub:
 
     def _stop_at_exit(self) -> None:
         """An unstopped hub is stopped without drain at interpreter exit."""
-        if self._pid == getpid() and self._engine is not None:
+        if self._is_ours and self._engine is not None:
             self.stop(drain=False)
 
     def __enter__(self) -> EventHub:
@@ -423,12 +424,14 @@ class EventHub:
             self._refuse_leaving(spec.name)
             before = self._subscriptions.get(spec.name)
             self._subscriptions[spec.name] = subscription
+            self._subscriptions.changed()
             if self._engine is not None:
                 try:
                     self._engine.subscribe([spec]) if before is None else self._engine.replace(spec)
                 except BaseException:
                     self._subscriptions.pop(spec.name)
                     self._subscriptions |= {} if before is None else {spec.name: before}
+                    self._subscriptions.changed()
                     raise
         return subscription
 
@@ -479,7 +482,7 @@ class EventHub:
         name = check_key(key if type(key) is str else str_of(key))
         if holder.context is not None and (context := self._surrounding()) is not None:
             return publish_inside(context, name, payload, extra, now=now, confirm=confirm)
-        if self._engine is not None and self._pid == getpid():
+        if self._engine is not None and self._is_ours:
             return self._engine.publish(name, payload, extra, confirm)
         self._must_be_remote("publish")
         self._here = self._publish_from_afar
@@ -593,10 +596,10 @@ class EventHub:
         extra = extra_of(expires=expires, clock=self._now) if expires is not None else None
         context = self._surrounding()
         if context is not None:
-            return context.request(key, payload, to, extra)
-        if self._engine is None or self._pid != getpid():
+            return context.request(key, payload, check_target(to), extra)
+        if self._engine is None or not self._is_ours:
             self._must_be_remote("request")
-            return connection_to(self._address).request(key, payload, to, extra)
+            return connection_to(self._address).request(key, payload, check_target(to), extra)
         return self._engine.request(key, payload, self._subscriptions.answerer(key, to), extra)
 
     def map(
@@ -704,6 +707,7 @@ class EventHub:
             if self._engine is not None:
                 getattr(self._engine, what)(name, **fields)
             subscription._spec = msgspec.structs.replace(subscription._spec, **fields)
+            self._subscriptions.changed()
 
     def _unsubscribe(self, subscription: Subscription[Any, Any], *, drain: bool) -> None:
         self._must_own("unsubscribe")
@@ -717,6 +721,7 @@ class EventHub:
             if self._engine is not None:
                 self._engine.unsubscribe(name, drain=drain)
             self._subscriptions.pop(name, None)
+            self._subscriptions.changed()
         finally:
             self._leaving.discard(name)
 
@@ -725,7 +730,7 @@ class EventHub:
     def _surrounding(self) -> Context | None:
         """Return what surrounds a handler of this hub; an import in a child makes its hub anew, which is not running."""
         context = inside()
-        if context is None or context.folder == self._address.folder or (self._engine is None and self._pid == getpid()):
+        if context is None or context.folder == self._address.folder or (self._engine is None and self._is_ours):
             return context
         return None
 
@@ -751,18 +756,18 @@ class EventHub:
             raise HubError(
                 f"this is subscriber {context.name!r}: {what}() does not work in a handler; publish, request and current_event do"
             )
-        if self._pid != getpid():
+        if not self._is_ours:
             raise HubError(
                 f"this process has a handle of hub {self.name!r}, which publishes; {what}() works in the process that made the hub"
             )
 
     def _must_own_unless_importing(self, what: str) -> None:
         """Refuse likewise, but for a module that a subscriber's process imports: it makes its hub anew, and that is never started."""
-        if not (holder.context is not None and self._engine is None and self._pid == getpid() and is_importing()):
+        if not (holder.context is not None and self._engine is None and self._is_ours and is_importing()):
             self._must_own(what)
 
     def _must_be_remote(self, what: str) -> None:
-        if self._pid == getpid():
+        if self._is_ours:
             raise self._not_running(what)
 
 
@@ -781,14 +786,14 @@ def next_of(queue: Any) -> Any:
 def _handle(address: Address) -> EventHub:
     """Make a hub object in another process: it publishes to the one at ``address``."""
     hub = EventHub(name=address.name)
-    hub._address, hub._pid = address, None
+    hub._address, hub._is_ours = address, False
     return hub
 
 
 def _here(folder: str) -> EventHub:
     """Find an inline hub again, for its handlers."""
     for hub in list(_hubs):
-        if hub._address.folder == folder and hub._pid == getpid():
+        if hub._address.folder == folder and hub._is_ours:
             return hub
     raise HubError("an inline hub lives in one process: it cannot be sent to another; use engine='process'")
 
@@ -796,7 +801,7 @@ def _here(folder: str) -> EventHub:
 def _leave_the_short_way() -> None:
     """In a forked child a hub object is only a handle."""
     for hub in list(_hubs):
-        hub._here = None
+        hub._here, hub._is_ours = None, False
 
 
 _hubs: weakref.WeakSet[EventHub] = weakref.WeakSet()

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mphub.connection import Address, Connection, connection_to
-from mphub.core.keys import check_key
+from mphub.core.keys import check_key, check_target
 from mphub.errors import HubError, PayloadError
 from mphub.events import EventId, Topic, str_of
 from mphub.options import check_timeout
@@ -90,7 +90,7 @@ class Publisher:
 
     def request(self, key: str | Topic[T], payload: T, *, to: str | None = None, expires: float | None = None) -> Reply[Any]:
         """Ask the one subscriber of a key that answers (or the one named by ``to``), which must start within ``expires`` seconds."""
-        return (self._context or self._connection).request(check_key(str_of(key)), payload, to, extra_of(expires=expires))
+        return (self._context or self._connection).request(check_key(str_of(key)), payload, check_target(to), extra_of(expires=expires))
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until everything that this process published is accepted; seconds.

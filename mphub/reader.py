@@ -78,6 +78,8 @@ class Reader:
 
     def __init__(self, owner: Connection, dialer: Dialer, line: Line) -> None:
         self._owner, self._dialer, self._line = owner, dialer, line
+        self.is_ours = True
+        """This is the process that reads: in a forked child no reply comes."""
         self._lock = threading.Lock()
         self._leader = 0
         """The thread that reads for itself; set and cleared without a call on the way, which an interrupt could follow."""
@@ -104,7 +106,7 @@ class Reader:
 
     def _read(self) -> None:
         line: Line | None = self._line
-        while line is not None and self._dialer.pid == os.getpid():
+        while line is not None and self.is_ours:
             self._stand_aside()
             got = line.first()
             if got is None:
@@ -135,11 +137,6 @@ class Reader:
         """Let the thread read: somebody waits for a reply who does not."""
         self._owner.follow(reply)
         self.stir()
-
-    @property
-    def is_ours(self) -> bool:
-        """Say whether this is the process that reads: in a forked child no reply comes."""
-        return self._dialer.pid == os.getpid()
 
     # -- who waits for a reply
 

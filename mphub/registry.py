@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mphub.core.keys import matches, nearest
+from mphub.core.keys import MAX_CACHED, matches, nearest
 from mphub.errors import AmbiguousKey, NameTaken, NoSubscriber
 from mphub.procs import handlers
 from mphub.subscribing import Handler
@@ -13,6 +13,11 @@ from mphub.subscription import Subscription
 
 class Registry(dict[str, Subscription[Any, Any]]):
     """A hub's subscriptions by name, in the order made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._answering: dict[str, str] = {}
+        """key -> who answers it, of those that were asked for."""
 
     def free_name(self, handler: Handler, name: str | None, *, replace: bool = False) -> str:
         """Return the name asked for, or one after the handler; the same handler once more gets a number, unless it is to be replaced.
@@ -43,6 +48,8 @@ class Registry(dict[str, Subscription[Any, Any]]):
 
         Raises NoSubscriber with the nearest name.
         """
+        if isinstance(name_or_handler, str) and name_or_handler in self:
+            return self[name_or_handler]
         for subscription in self.values():
             if name_or_handler in (subscription.name, subscription._handler) or name_or_handler is subscription._handler:
                 return subscription
@@ -61,6 +68,18 @@ class Registry(dict[str, Subscription[Any, Any]]):
         """
         if to is not None:
             return self.find(to).name
+        found = self._answering.get(key)
+        if found is None:
+            if len(self._answering) >= MAX_CACHED:
+                self._answering.clear()
+            found = self._answering[key] = self._only_answerer(key)
+        return found
+
+    def changed(self) -> None:
+        """Forget who answers: a subscription has come, gone or changed its keys."""
+        self._answering.clear()
+
+    def _only_answerer(self, key: str) -> str:
         answering = [s.name for s in self.matching(key) if s._spec.answers]
         if len(answering) == 1:
             return answering[0]

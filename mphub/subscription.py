@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -28,7 +27,7 @@ class Subscription(Generic[T, R]):
         self._hub, self._spec, self._handler = hub, spec, handler
 
     def __repr__(self) -> str:
-        state = f": {self.state}" if self._hub._pid == os.getpid() else ""
+        state = f": {self.state}" if self._hub._is_ours else ""
         return f"<Subscription {self.name!r} to {', '.join(self.keys)}{state}>"
 
     @property
@@ -118,5 +117,5 @@ class Subscription(Generic[T, R]):
 
     def _own_key(self) -> str:
         """The key of its requests: its first pattern if that is a key, else its name."""
-        first = self.keys[0]
+        first = self._spec.patterns[0]
         return self.name if "*" in first or ">" in first else first

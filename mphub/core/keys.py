@@ -82,6 +82,14 @@ def check_name(name: str, field: str = "name") -> str:
     return name
 
 
+def check_target(name: str | None) -> str | None:
+    """Return the name of the one that is to answer, if any.
+
+    Raises InvalidOption.
+    """
+    return None if name is None else check_name(name, "to")
+
+
 def matches(pattern: str, key: str) -> bool:
     """Say whether a key falls under a pattern."""
     wanted, got = pattern.split("."), key.split(".")

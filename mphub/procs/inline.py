@@ -18,7 +18,7 @@ import msgspec
 from mphub.clock import Clock
 from mphub.connection import settle_reply
 from mphub.core.delivery import Held
-from mphub.core.keys import check_name
+from mphub.core.keys import check_target
 from mphub.core.rows import Row, event_of
 from mphub.errors import HubError, NoSubscriber, Reject, RetryLater
 from mphub.events import Event, EventId
@@ -364,8 +364,7 @@ class Inline:
         self.outputs.publish_together(events)
 
     def request(self, key: str, payload: object, target: str | None, extra: Extra | None = None) -> Reply[object]:
-        if target is not None:
-            check_name(target, "to")
+        check_target(target)
         reply: Reply[object] = Reply()
         reply._asked = self
         self.send(key, codec.encode(payload), extra, target=target, reply=reply)
