@@ -1,0 +1,288 @@
+"""The supervisor's part that keeps the processes of subscribers: starts, watches, ends and buries them, and decides about the next."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from mphub import failpoints
+from mphub.procs import fork
+from mphub.procs.link import Link
+from mphub.procs.wards import Child, Group, Ward, make_child, orphans, tails
+from mphub.procs.worker import run_worker
+
+if TYPE_CHECKING:
+    from mphub.procs.supervisor import Supervisor
+
+OUT_OF_MEMORY = "killed by the kernel's OOM killer, most likely: the machine or its cgroup ran out of memory"
+LATER = 1.0
+"""Seconds after which is tried again what the machine had no room for."""
+
+
+class Guardian:
+    """Keeps the wards of one supervisor."""
+
+    def __init__(self, owner: Supervisor) -> None:
+        self.owner = owner
+        self.groups: dict[str, Group] = {}
+        self.unsettled = {child.incarnation: child for child in orphans(owner.folder)}
+        """By incarnation: reaped, but the router has not said yet that its events are settled."""
+
+    @property
+    def wards(self) -> list[Ward]:
+        return [ward for group in self.groups.values() for ward in group.wards]
+
+    @property
+    def children(self) -> list[Child]:
+        return [ward.child for ward in self.wards if ward.child is not None]
+
+    # -- a life
+
+    def start(self, ward: Ward) -> None:
+        """Start the next incarnation, or try again later if the machine lacks something."""
+        ward.start_at = None
+        try:
+            child = self._fork(ward)
+        except OSError as error:
+            self._put_off(ward, str(error.strerror))
+            return
+        self.owner.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._reap(ward, child))
+        ward.child = child
+        self.set_state(ward, "STARTING")
+        failpoints.hit("supervisor.started")
+
+    def _put_off(self, ward: Ward, why: str) -> None:
+        ward.start_at = time.monotonic() + LATER
+        self.set_state(ward, "BACKOFF")
+        if not ward.put_off:
+            self.owner.notice("shortage", ward.name, f"its process cannot be started ({why}): tried again every {LATER:.0f} s")
+        ward.put_off = True
+
+    def _fork(self, ward: Ward) -> Child:
+        folder = self.owner.folder
+        incarnation, board = make_child(ward.name, folder)
+        logs = folder / "logs" / f"{incarnation:x}"
+        spec, address = ward.spec, self.owner.address
+        child = Child(ward.name, incarnation, 0, -1, board, folder, tails(logs), ward.replica)
+        self.tell_started(self.owner.link, child, live=False)  # before the fork: the router must know whom it meets
+
+        def run() -> int:
+            fork.take_surroundings(spec.surroundings)
+            return run_worker(address, spec, incarnation, child.replica, board.path, child.crash_file)
+
+        failpoints.hit("supervisor.announced")
+        try:
+            child.pid = fork.fork(run, child.record, out=logs)
+            child.pidfd = os.pidfd_open(child.pid)
+        except OSError:
+            if child.pid:
+                fork.end(child.pid)
+            self.settle(child, "none", {"reason": "crash"})
+            raise
+        return child
+
+    def tell_started(self, link: Link, child: Child, *, live: bool) -> None:
+        link.tell("started", name=child.name, incarnation=child.incarnation, replica=child.replica, board=str(child.board.path), live=live)
+
+    def heard_ready(self, incarnation: int) -> None:
+        for ward in self.wards:
+            if ward.child is not None and ward.child.incarnation == incarnation and ward.child.unmet:
+                ward.child.unmet = False
+                self.tell_status(self.groups[ward.name], self.owner.link)
+            if ward.child is not None and ward.child.incarnation == incarnation and not ward.child.ready:
+                ward.child.ready = True
+                ward.put_off = False
+                if ward.state == "STARTING":
+                    self.set_state(ward, "RUNNING")
+
+    def tell_output(self, child: Child, *, last: bool = False) -> None:
+        for name, tail in child.outputs.items():
+            lines = tail.lines(last=last)
+            if lines:
+                self.owner.desk.push("output", subscriber=child.name, stream=name, lines=lines)
+
+    # -- looks at it
+
+    def look_at(self, ward: Ward, now: float) -> None:
+        child = ward.child
+        if child is None:
+            return
+        self.tell_output(child)
+        limits = ward.spec.limits
+        if not child.ready and child.ending is None and now - child.started > limits.start_timeout:
+            self._end(child, "start_timeout", [(0.0, signal.SIGABRT), (0.5, signal.SIGKILL)])
+        if limits.timeout is not None and child.ready and child.ending is None:
+            self._check_limit(child, limits.timeout, now)
+        if ward.name in self.owner.held or child.frozen:
+            self._check_frozen(ward, child, now)
+
+    def _check_limit(self, child: Child, timeout: float, now: float) -> None:
+        """End a process whose event overran; look again right before, as another may just have started."""
+        running = child.sample(now)
+        if running is not None and running[1] > timeout and child.board.running_slot() == running[0]:
+            child.overran = running[0]
+            # SIGABRT lets faulthandler write the stack, also of a handler that holds the GIL in C
+            self._end(child, "limit", [(0.0, signal.SIGABRT), (0.5, signal.SIGKILL)])
+
+    def _check_frozen(self, ward: Ward, child: Child, now: float) -> None:
+        """A frozen process holds no publisher."""
+        frozen = child.frost.lasts(child.pid, now) and (child.frozen or ward.state == "RUNNING")
+        if frozen != child.frozen:
+            child.frozen = frozen
+            self.tell_status(self.groups[ward.name], self.owner.link)
+
+    # -- its end
+
+    def renew(self, ward: Ward) -> None:
+        """Let a replica begin anew, whatever it was in."""
+        ward.counter.reset()
+        if ward.child is None:
+            ward.start_at = time.monotonic()
+            self.set_state(ward, "BACKOFF")
+        elif ward.child.ending is None:
+            self.ask_to_stop(ward.child, "restart")
+
+    def let_go(self, group: Group, ward: Ward) -> None:
+        """End a replica that is one too many."""
+        ward.start_at = None
+        if ward.child is None:
+            group.wards.remove(ward)
+            self.announce(group)
+        elif ward.child.ending is None:
+            self.ask_to_stop(ward.child, "stop")
+
+    def ask_to_stop(self, child: Child, why: str) -> None:
+        """The stop ladder: ask, SIGTERM, SIGKILL."""
+        ask, term = self.owner.charter.ask, self.owner.charter.term
+        self.owner.link.tell("stop_worker", incarnation=child.incarnation)
+        self._end(child, why, [(ask, signal.SIGTERM), (ask + term, signal.SIGKILL)])
+
+    def heard_full(self, incarnation: int, message: str) -> None:
+        """A process has done what cannot be kept: end it, uncharged; the next one tries again later."""
+        for child in self.children:
+            if child.incarnation == incarnation and child.ending != "full":
+                self.owner.notice("full", child.name, f"{message}; its process starts anew in {LATER:.0f} s")
+                self._end(child, "full", [(0.0, signal.SIGKILL)])
+
+    def heard_kill(self, incarnation: int) -> None:
+        """Nobody wants any more what a process does: end it, uncharged; what else it had in hand runs again."""
+        for child in self.children:
+            if child.incarnation == incarnation and child.ending is None:
+                self._end(child, "kill", [(0.0, signal.SIGKILL)])
+
+    def _end(self, child: Child, why: str, ladder: list[tuple[float, int]]) -> None:
+        """Begin to end a process: (seconds from now, signal) after another."""
+        child.ending = why
+        now = time.monotonic()
+        child.kill_at = [(now + after, number) for after, number in ladder]
+
+    def strike(self, child: Child, now: float) -> None:
+        """Send the signals that are due."""
+        while child.kill_at and child.kill_at[0][0] <= now:
+            _, number = child.kill_at.pop(0)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(child.pidfd, number)
+
+    # -- its death
+
+    def _reap(self, ward: Ward, child: Child) -> None:
+        """A child is dead: end what it started, settle its events, decide about the next."""
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        fork.kill_session(child.pid)
+        _, status, usage = os.wait4(child.pid, 0)
+        failpoints.hit("supervisor.reaped")
+        self.owner.selector.unregister(child.pidfd)
+        os.close(child.pidfd)
+        self.tell_output(child, last=True)
+        ward.child = None
+        finished = child.board.finished_any()
+        by_itself = child.ending in (None, "limit", "start_timeout")
+        exit_ = fork.exit_word(status)
+        error, text = child.last_words()
+        if child.was_out_of_memory(exit_):
+            text = OUT_OF_MEMORY
+        charge = {None: "running", "limit": "slot"}.get(child.ending, "none")
+        cause: dict[str, object] = {
+            "reason": "timeout" if child.ending == "limit" else "crash", "exit": exit_, "pid": child.pid,
+            "traceback": text if not error else "", "rss": usage.ru_maxrss * 1024, "seconds": ward.spec.limits.timeout or 0.0,
+            "stderr": child.outputs["err"].last_words,
+        }  # fmt: skip
+        self.settle(child, charge, cause)
+        if error or not child.ready:
+            ward.error = (error, text)
+        self._decide(ward, child, exit_, text, finished=finished, by_itself=by_itself)
+
+    def settle(self, child: Child, charge: str, cause: dict[str, object]) -> None:
+        """Let the router settle what a dead process held, then forget it."""
+
+        def settled(_: object) -> None:
+            failpoints.hit("supervisor.settled")
+            del self.unsettled[child.incarnation]
+            child.remove_files()
+            failpoints.hit("supervisor.removed")
+            self.owner.link.tell("settled", incarnation=child.incarnation)
+            self.owner.say_farewells()
+
+        self.unsettled[child.incarnation] = child
+        self.owner.link.ask("died", settled, incarnation=child.incarnation, charge=charge, slot=child.overran, cause=cause)
+        failpoints.hit("supervisor.settling")
+
+    def _decide(self, ward: Ward, child: Child, exit_: str | int, text: str, *, finished: bool, by_itself: bool) -> None:
+        if child.ending in ("stop", "restart") and child.ready and text and exit_ == 1:
+            self.owner.notice("failure", ward.name, text, key="", id="teardown", attempt=1, first=True)
+        if ward.leaving:
+            self.set_state(ward, "STOPPED", lasting=False)
+            return
+        group = self.groups[ward.name]
+        if ward.replica >= group.spec.replicas:
+            self.let_go(group, ward)
+            return
+        if child.ending == "stop":  # scaled down, and up again meanwhile
+            self.start(ward)
+            return
+        if exit_ == fork.SHORT and not fork.has_begun(child.record):
+            self._put_off(ward, "no descriptor, memory or room in the hub's folder")
+            return
+        decision = ward.counter.died(finished_any=finished, by_itself=by_itself, exit_ok=exit_ == 0)
+        if by_itself:
+            reason = {
+                "limit": f"overran its limit of {ward.spec.limits.timeout} s",
+                "start_timeout": "was not ready in time",
+            }
+            what = reason.get(child.ending or "", f"ended with {exit_}")
+            text, ward.told = (text, text) if text != ward.told else ("", text)  # once is enough of one that dies at every start
+            self.owner.notice(
+                "death", ward.name, f"process {child.pid} {what}", exit=exit_, pid=child.pid, traceback=text, ready=child.ready
+            )  # fmt: skip
+        if decision.state == "BACKOFF":
+            ward.restarts += 1
+            ward.start_at = time.monotonic() + (LATER if child.ending == "full" else decision.delay)
+            self.set_state(ward, "BACKOFF")
+        else:
+            self.set_state(ward, decision.state)
+
+    # -- what others hear of it
+
+    def set_state(self, ward: Ward, state: str, *, lasting: bool = True) -> None:
+        """Tell hub and router; not the router if the hub ends: then what waits is dropped, not left waiting."""
+        group, ward.told_router = self.groups[ward.name], lasting
+        group.note_state(ward, state)
+        self.announce(group)
+        if state == "FATAL":
+            which = f"replica {ward.replica} " if group.spec.replicas > 1 else ""
+            deaths = f"{which}died {ward.counter.in_a_row} times in a row with no event finished"
+            self.owner.notice("FATAL", ward.name, f"{deaths}: not started again until restart()")
+
+    def announce(self, group: Group) -> None:
+        """Tell router and hub the state of a subscriber."""
+        self.tell_status(group, self.owner.link)
+        error, text = group.error if group.state == "FATAL" else (b"", "")
+        self.owner.desk.push("state", name=group.spec.name, state=group.state, error=error, traceback=text)
+
+    def tell_status(self, group: Group, link: Link) -> None:
+        if all(ward.told_router for ward in group.wards):
+            link.tell("status", name=group.spec.name, status=group.status)
