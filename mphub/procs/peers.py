@@ -38,6 +38,7 @@ class Seat(Consumer):
         "awaited",
         "board",
         "fenced",
+        "inside",
         "met",
         "patience",
         "ready",
@@ -54,6 +55,8 @@ class Seat(Consumer):
         self.stream: Stream | None = None
         self.met = True
         """It has said to this router what it holds; a new one holds nothing."""
+        self.inside = False
+        """It has been welcomed on this stream."""
         self.fenced = False
         """Nothing from it counts any more: it is to be ended."""
         self.ready = False

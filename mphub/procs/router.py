@@ -93,6 +93,8 @@ class Router:
         failpoints.hit("router.recovered")
         self.publishers: dict[int, PublisherPeer] = {}
         self.seats: dict[int, Seat] = {}
+        self.entering: set[Seat] = set()
+        """Processes that have said hello: they are welcomed after the commit, as what they begin with must be in the journal."""
         self.shared: set[Mailbox] = set()
         """Inboxes that several of them are given events of."""
         self.exchange.informed = False
@@ -140,6 +142,8 @@ class Router:
                 self.exchange.wake(now)
                 failpoints.hit("router.committing")
             failpoints.hit("router.committed")
+            if self.entering:
+                self._let_in()
         for seat in self._seats_in_turn():
             if seat.box.window.loaded or seat.unconfirmed > seat.patience:
                 self._pump(seat)
@@ -369,7 +373,7 @@ class Router:
         self.door.welcome(stream)
         if seat.stream is not None:
             self._drop(seat.stream)
-        stream.peer, seat.stream = seat, stream
+        stream.peer, seat.stream, seat.inside = seat, stream, False
         seat.met = True
         seat.box.unmet.discard(seat.incarnation)
         delivery = seat.delivery
@@ -377,12 +381,22 @@ class Router:
         delivery.generation = max(delivery.generation, hello.generation)
         seat.awaited = hello.frame
         self.exchange.claim(seat, hello.claims, list(seat.board.ranges()))
-        snapshot = None if hello.ready else self.exchange.letters.snapshot(seat.snapshot_key)
-        stream.send(frames.WELCOME, encode(Welcome(seat.told, *(snapshot or ()))))
         if hello.ready:
             self._is_ready(seat)
-        if seat.stopping:
-            stream.send(frames.STOP)
+        self.entering.add(seat)
+
+    def _let_in(self) -> None:
+        """Welcome processes, those that begin with the last snapshot."""
+        entering, self.entering = self.entering, set()
+        with self.exchange.turn():
+            found = {seat: None if seat.ready else self.exchange.letters.snapshot(seat.snapshot_key) for seat in entering}
+        for seat, snapshot in found.items():
+            if seat.stream is None:
+                continue  # it is gone again
+            seat.inside = True
+            seat.stream.send(frames.WELCOME, encode(Welcome(seat.told, *(snapshot or ()))))
+            if seat.stopping:
+                seat.stream.send(frames.STOP)
 
     def _from_subscriber(self, seat: Seat, kind: int, header: bytes) -> None:
         if seat.fenced:
@@ -553,7 +567,7 @@ class Router:
             seat.stopping, seat.patience = True, 0
             self._recall(seat)
             seat.box.window.gather()  # what waits for it alone is for others
-            if seat.stream is not None:
+            if seat.stream is not None and seat.inside:
                 seat.stream.send(frames.STOP)
 
     def do_died(self, incarnation: int, charge: str, slot: int | None, cause: dict[str, Any]) -> None:

@@ -97,32 +97,36 @@ class Worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _raise_stopped)
         os.register_at_fork(after_in_child=_end_as_usual)
-        welcome = self._enter()
         holder.context = self
-        self._set_up(welcome)
+        self._set_up()
+        self._begin(self._enter())
         for deliver, body in self._deliveries():
             self._handle(deliver, body)
         self._tear_down()
 
-    def _set_up(self, welcome: Welcome) -> None:
+    def _set_up(self) -> None:
+        """Load the handler and let it prepare; nobody waits for this process yet, and another one may still be at work in its place."""
         if self.spec.initializer:
             codec.loads(self.spec.initializer)()
         data = self.blobs.read(self.spec.handler_blob) if self.spec.handler_blob else self.spec.handler
         self.work = handlers.loads(data)
         self.runner = handlers.load(self.work, self.name, self.replica)
         self.runner.call = failpoints.between("worker.running", self.runner.call, "worker.returned")
-        subscriber = self.runner.subscriber
-        if subscriber is not None:
-            subscriber.setup()
-            state = self.blobs.copy(welcome.blob) if welcome.blob else welcome.snapshot
-            if state:
-                subscriber.restore(codec.load_any(state))
-        self.last_snapshot = time.monotonic()
         self.plain = self.work.to is None and self.spec.snapshot is None and self.runner.wants is None
+        if self.runner.subscriber is not None:
+            self.runner.subscriber.setup()
+        failpoints.hit("worker.set_up")
+
+    def _begin(self, welcome: Welcome) -> None:
+        """Take up the state that was committed last, and ask for events."""
+        state = self.blobs.copy(welcome.blob) if welcome.blob else welcome.snapshot
+        if state and self.runner.subscriber is not None:
+            self.runner.subscriber.restore(codec.load_any(state))
+        self.last_snapshot = time.monotonic()
         self.is_ready = True
         self.board.set_flag(READY)
         self._commit_outputs()
-        failpoints.hit("worker.set_up")
+        failpoints.hit("worker.begun")
         self._send(frames.READY)
 
     def _tear_down(self) -> None:
