@@ -33,7 +33,7 @@ from mphub.events import DeadLetter, Event, EventId, Notice, Progress, Topic
 from mphub.executor import HubExecutor
 from mphub.hub import EventHub
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics
-from mphub.options import Inbox, Limits, Rate, Restart, Retry, Snapshot, Stop
+from mphub.options import Inbox, Limits, Rate, Recycle, Restart, Retry, Snapshot, Stop
 from mphub.publisher import HubQueue, Publisher, Transaction
 from mphub.reply import Reply
 from mphub.results import Results
@@ -74,6 +74,7 @@ __all__ = [
     "Progress",
     "Publisher",
     "Rate",
+    "Recycle",
     "Reject",
     "RemoteError",
     "RemoteTraceback",

@@ -44,6 +44,7 @@ from mphub.options import (
     Inbox,
     Limits,
     Rate,
+    Recycle,
     Restart,
     Retry,
     Snapshot,
@@ -392,7 +393,7 @@ class EventHub:
         batch: None = None,
         where: Where = None,
         rate: Rate | None = None,
-        recycle: None = None,
+        recycle: Recycle = Recycle(),  # noqa: B008
         env: Mapping[str, str] | None = None,
         replace: bool = False,
         start: str = "new",
@@ -403,13 +404,16 @@ class EventHub:
         Raises InvalidKey, InvalidOption, PayloadError (the handler cannot be pickled), NameTaken.
         """
         refuse_unavailable(concurrency=(concurrency, 1), process=(process, None))
-        refuse_unavailable(batch=(batch, None), recycle=(recycle, None))
+        refuse_unavailable(batch=(batch, None))
         refuse_unavailable(start=(start, "new"))
         check_types(
-            rate=(rate, Rate | None), inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool), ordered=(ordered, bool)
-        )
+            rate=(rate, Rate | None), recycle=(recycle, Recycle), inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool),
+            ordered=(ordered, bool),
+        )  # fmt: skip
         if self._kind == "inline" and limits.timeout is not None and not self._stands_in:
             raise InvalidOption("limits(timeout): the inline engine runs handlers in your thread and cannot end one; use engine='process'")
+        if self._kind == "inline" and recycle != Recycle() and not self._stands_in:
+            raise InvalidOption("recycle: the inline engine runs handlers in this process, which cannot be replaced; use engine='process'")
         if self._kind == "inline" and env and not self._stands_in:
             raise InvalidOption("env: the inline engine runs handlers in this process: set os.environ, or use engine='process'")
         self._must_own_unless_importing("subscribe")
@@ -418,7 +422,7 @@ class EventHub:
             free = self._subscriptions.free_name(handler, name, replace=replace or is_interactive())
             spec = make_spec(
                 keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where,
-                ordered, rate,
+                ordered, rate, recycle,
             )  # fmt: skip
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             self._refuse_leaving(spec.name)
@@ -572,15 +576,18 @@ class EventHub:
 
     def executor(
         self, name: str = "pool", *, replicas: int | str = "auto", retry: Retry = Retry(max_attempts=1), restart: Restart = Restart(),  # noqa: B008
-        inbox: Inbox = Inbox(), limits: Limits = Limits(), env: Mapping[str, str] | None = None,  # noqa: B008
+        inbox: Inbox = Inbox(), limits: Limits = Limits(), recycle: Recycle = Recycle(), env: Mapping[str, str] | None = None,  # noqa: B008
     ) -> HubExecutor:  # fmt: skip
         """Return a ``concurrent.futures.Executor`` whose calls run in the replicas of a subscriber, and which outlives their death.
 
         Raises InvalidOption, NameTaken.
         """
         return HubExecutor(
-            self.subscribe(name, run_call, name=name, replicas=replicas, retry=retry, restart=restart, inbox=inbox, limits=limits, env=env)
-        )
+            self.subscribe(
+                name, run_call, name=name, replicas=replicas, retry=retry, restart=restart, inbox=inbox, limits=limits, recycle=recycle,
+                env=env,
+            )
+        )  # fmt: skip
 
     # -- asking
 

@@ -56,6 +56,15 @@ def parse_share(value: int | str, total: int, field: str = "max_bytes") -> int:
     return parse_size(value, field)
 
 
+def check_share(value: int | str, field: str) -> int | str:
+    """Return bytes, or a percentage as it is: the hub knows of what.
+
+    Raises InvalidOption.
+    """
+    share = parse_share(value, 100, field)
+    return value if isinstance(value, str) and value.strip().endswith("%") else share
+
+
 def check_number(owner: str, field: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:
     """Refuse what is no finite number from ``least`` on (or above it).
 
@@ -176,10 +185,7 @@ class Inbox(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         check_number("Inbox", "maxsize", self.maxsize, 1, whole=True)
-        if isinstance(self.max_bytes, str) and self.max_bytes.strip().endswith("%"):
-            parse_share(self.max_bytes, 100, "Inbox(max_bytes)")  # the hub knows of what
-        else:
-            msgspec.structs.force_setattr(self, "max_bytes", parse_size(self.max_bytes, "Inbox(max_bytes)"))
+        msgspec.structs.force_setattr(self, "max_bytes", check_share(self.max_bytes, "Inbox(max_bytes)"))
         check_choice("Inbox", "overflow", self.overflow, OVERFLOWS)
         if self.expires is not None:
             raise InvalidOption("Inbox(expires): not available in this version; leave it None")
@@ -195,6 +201,25 @@ class Limits(msgspec.Struct, frozen=True):
         if self.timeout is not None:
             check_number("Limits", "timeout", self.timeout, 0, above=True)
         check_number("Limits", "start_timeout", self.start_timeout, 0, above=True)
+
+
+class Recycle(msgspec.Struct, frozen=True):
+    """When a process is replaced: once it has run ``max_events`` events, is ``max_age`` seconds old, or takes more than ``max_rss`` bytes.
+
+    ``max_rss`` is a size, or a percentage of the memory (of the cgroup, if that has less). Whichever comes first counts.
+    """
+
+    max_events: int | None = None
+    max_age: float | None = None
+    max_rss: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_events is not None:
+            check_number("Recycle", "max_events", self.max_events, 1, whole=True)
+        if self.max_age is not None:
+            check_number("Recycle", "max_age", self.max_age, 0, above=True)
+        if self.max_rss is not None:
+            msgspec.structs.force_setattr(self, "max_rss", check_share(self.max_rss, "Recycle(max_rss)"))
 
 
 class Stop(msgspec.Struct, frozen=True):

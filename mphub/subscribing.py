@@ -13,7 +13,7 @@ import msgspec
 from mphub.core.keys import check_key, check_name, check_pattern
 from mphub.errors import InvalidKey, InvalidOption
 from mphub.events import Topic, str_of
-from mphub.options import Inbox, Limits, Rate, Restart, Retry, Snapshot
+from mphub.options import Inbox, Limits, Rate, Recycle, Restart, Retry, Snapshot, parse_share
 from mphub.procs import boot, handlers
 from mphub.subscriber import Subscriber
 from mphub.wire import codec
@@ -46,7 +46,7 @@ class SubscribeOptions(TypedDict, total=False):
     batch: None
     where: Where
     rate: Rate | None
-    recycle: None
+    recycle: Recycle
     env: Mapping[str, str] | None
     replace: bool
     start: str
@@ -59,7 +59,7 @@ Handler = Callable[..., object] | type[Subscriber[Any, Any]] | Subscriber[Any, A
 def make_spec(
     keys: str | Topic[Any] | Sequence[str | Topic[Any]], handler: Handler, name: str, to: str | Topic[Any] | None,
     retry: Retry, restart: Restart, inbox: Inbox, limits: Limits, snapshot: Snapshot | None, replicas: int | str,
-    env: Mapping[str, str] | None, initializer: bytes, where: Where, ordered: bool, rate: Rate | None,
+    env: Mapping[str, str] | None, initializer: bytes, where: Where, ordered: bool, rate: Rate | None, recycle: Recycle,
 ) -> Spec:  # fmt: skip
     """Check a subscription and pickle its handler.
 
@@ -78,6 +78,7 @@ def make_spec(
         inbox=inbox, limits=limits, restart=restart, max_attempts=retry.max_attempts,
         snapshot=snapshot_rule(cls, snapshot), answers=True if cls is None else cls.answers,
         replicas=replicas_of(replicas), ordered=ordered, rate=rate,
+        recycle=in_bytes(recycle),
     )  # fmt: skip
 
 
@@ -103,6 +104,13 @@ def replicas_of(replicas: int | str) -> int:
     if isinstance(replicas, bool) or not isinstance(replicas, int) or not 1 <= replicas <= MAX_REPLICAS:
         raise InvalidOption(f"replicas: got {replicas!r:.60}; expected an int from 1 to {MAX_REPLICAS}, or 'auto'")
     return replicas
+
+
+def in_bytes(recycle: Recycle) -> Recycle:
+    """Return it with bytes in place of a percentage."""
+    if not isinstance(recycle.max_rss, str):
+        return recycle
+    return msgspec.structs.replace(recycle, max_rss=parse_share(recycle.max_rss, boot.memory_limit(), "Recycle(max_rss)"))
 
 
 def snapshot_rule(cls: type[Subscriber[Any, Any]] | None, rule: Snapshot | None) -> Snapshot | None:

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mphub.errors import InvalidOption
-from mphub.options import Inbox, Limits, Restart, Retry, Snapshot, Stop, backoff, parse_share, parse_size
+from mphub.options import Inbox, Limits, Recycle, Restart, Retry, Snapshot, Stop, backoff, parse_share, parse_size
 
-Struct = Restart | Inbox | Limits | Stop | Snapshot
+Struct = Restart | Inbox | Limits | Stop | Snapshot | Recycle
 Option = Struct | Retry
-STRUCTS: list[Struct] = [Restart(), Inbox(), Limits(1.0), Stop(), Snapshot()]
+STRUCTS: list[Struct] = [Restart(), Inbox(), Limits(1.0), Stop(), Snapshot(), Recycle()]
 COUNTS = st.integers(0, 10**6)
 DELAYS = st.floats(0, 1e6)
 FACTORS = st.floats(1, 2)
@@ -32,6 +32,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert Limits() == Limits(None, 60.0)
     assert Stop() == Stop(5.0, 2.0)
     assert Snapshot() == Snapshot(1000, 1.0)
+    assert Recycle() == Recycle(None, None, None)
 
 
 @pytest.mark.parametrize("option", STRUCTS, ids=repr)
@@ -42,7 +43,9 @@ def test_options_are_frozen_hashable_and_pickle(option: Struct) -> None:
         setattr(option, option.__struct_fields__[0], 1)
 
 
-@pytest.mark.parametrize("option", [Restart("never", delay=1), Inbox(max_bytes="1MiB"), Limits(1), Stop(0, 0), Snapshot(5)], ids=repr)
+@pytest.mark.parametrize(
+    "option", [Restart("never", delay=1), Inbox(max_bytes="1MiB"), Limits(1), Stop(0, 0), Snapshot(5), Recycle(1, 2.5, "9%")], ids=repr
+)
 def test_options_travel_as_msgpack(option: Struct) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(option), type=type(option)) == option
 
@@ -77,6 +80,15 @@ def test_options_travel_as_msgpack(option: Struct) -> None:
         (lambda: Stop(term=None), "Stop(term)"),  # type: ignore[arg-type]
         (lambda: Snapshot(every=0), "Snapshot(every)"),
         (lambda: Snapshot(period=-1), "Snapshot(period)"),
+        (lambda: Recycle(0), "Recycle(max_events)"),
+        (lambda: Recycle(1.5), "Recycle(max_events)"),  # type: ignore[arg-type]
+        (lambda: Recycle(True), "Recycle(max_events)"),
+        (lambda: Recycle(max_age=0), "Recycle(max_age)"),
+        (lambda: Recycle(max_age="1h"), "Recycle(max_age)"),  # type: ignore[arg-type]
+        (lambda: Recycle(max_age=float("nan")), "Recycle(max_age)"),
+        (lambda: Recycle(max_rss=0), "Recycle(max_rss)"),
+        (lambda: Recycle(max_rss="101%"), "Recycle(max_rss)"),
+        (lambda: Recycle(max_rss=1.5), "Recycle(max_rss)"),  # type: ignore[arg-type]
     ],
 )
 def test_a_wrong_value_is_refused_and_its_field_named(make: Callable[[], Option], field: str) -> None:
@@ -107,7 +119,14 @@ def test_retry_pickles_and_copies() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Restart(delay=10**400), lambda: Stop(ask=10**30), lambda: Inbox(max_bytes="9" * 300), lambda: Inbox(10**40)]
+    "make",
+    [
+        lambda: Restart(delay=10**400),
+        lambda: Stop(ask=10**30),
+        lambda: Inbox(max_bytes="9" * 300),
+        lambda: Inbox(10**40),
+        lambda: Recycle(10**40),
+    ],
 )
 def test_absurd_numbers_are_refused_like_others(make: Callable[[], object]) -> None:
     with pytest.raises(InvalidOption):

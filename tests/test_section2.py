@@ -16,6 +16,7 @@ import pytest
 
 import mphub
 from mphub import EventHub, Inbox, Limits, Restart, Retry, Snapshot, Stop, Subscriber, Topic
+from mphub.procs import boot
 from tests.helpers import without_address
 
 
@@ -166,7 +167,7 @@ def test_options_of_later_versions_are_refused_by_name() -> None:
     hub = EventHub()
     calls: dict[str, Callable[..., object]] = {
         "retention": lambda: EventHub(retention=1),  # type: ignore[arg-type]
-        "recycle": lambda: hub.subscribe("k", len, recycle=1),  # type: ignore[call-overload]
+        "batch": lambda: hub.subscribe("k", len, batch=1),  # type: ignore[call-overload]
     }
     for name, call in calls.items():
         with pytest.raises(mphub.InvalidOption, match=f"{name}.*this version has only"):
@@ -297,7 +298,7 @@ def test_what_cannot_be_sent_is_refused_when_subscribed() -> None:
     "options",
     [
         {"retry": 3}, {"restart": "never"}, {"inbox": 100}, {"limits": 5.0}, {"snapshot": True}, {"retry": Restart()}, {"restart": Retry()},
-        {"inbox": None}, {"limits": Stop()},
+        {"inbox": None}, {"limits": Stop()}, {"recycle": 5}, {"recycle": None},
     ],
     ids=without_address,
 )  # fmt: skip
@@ -305,6 +306,12 @@ def test_an_option_of_a_wrong_type_is_named_with_what_was_expected(options: dict
     field = next(iter(options))
     with pytest.raises(mphub.InvalidOption, match=rf"{field}: got .*; expected {field.capitalize()}\("):
         EventHub().subscribe("k", Stateful, **options)
+
+
+def test_a_process_is_replaced_at_a_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boot, "memory_limit", lambda: 1000)
+    for asked, kept in (("25%", 250), ("1MB", 10**6), (5, 5), (None, None)):
+        assert EventHub().subscribe("k", len, recycle=mphub.Recycle(7, max_rss=asked))._spec.recycle == mphub.Recycle(7, max_rss=kept)
 
 
 @pytest.mark.parametrize("to", ["a.*", "", 5, "a b"], ids=repr)

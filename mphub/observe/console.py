@@ -24,7 +24,7 @@ SEVERITY = {
     "failure": "warning",
     "dead_letter": "warning",
 }
-LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL}
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL}
 
 
 MAX_UNWRITTEN = 1 << 20

@@ -15,7 +15,8 @@ class Consumer:
     def __init__(self, incarnation: int, box: Mailbox, replica: int = 0) -> None:
         self.incarnation, self.box, self.replica = incarnation, box, replica
         every = box.spec.snapshot.every if box.spec.snapshot else 1
-        self.delivery = Delivery(box.window, box.spec.max_attempts, Credit(cap=SLOTS // 2, least=every), SLOTS)
+        cap = min(SLOTS // 2, max(every, box.spec.recycle.max_events or SLOTS))
+        self.delivery = Delivery(box.window, box.spec.max_attempts, Credit(cap, least=every), SLOTS)
 
     def take(self, most: int, now: float) -> Held | None:
         """Take the next events, at most so many, as far as credit and the subscriber's rate go."""

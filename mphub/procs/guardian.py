@@ -7,6 +7,7 @@ import os
 import selectors
 import signal
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mphub import failpoints
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 OUT_OF_MEMORY = "killed by the kernel's OOM killer, most likely: the machine or its cgroup ran out of memory"
 LATER = 1.0
-"""Seconds after which is tried again what the machine had no room for."""
+"""Seconds after which is tried again what the machine had no room for, and at the earliest a replacement that failed."""
 
 
 class Guardian:
@@ -38,7 +39,8 @@ class Guardian:
 
     @property
     def children(self) -> list[Child]:
-        return [ward.child for ward in self.wards if ward.child is not None]
+        """Return all processes; an heir behind its predecessor, as a new router is to hear of them."""
+        return [child for ward in self.wards for child in ward.children]
 
     # -- a life
 
@@ -46,12 +48,10 @@ class Guardian:
         """Start the next incarnation, or try again later if the machine lacks something."""
         ward.start_at = None
         try:
-            child = self._fork(ward)
+            ward.child = self._fork(ward)
         except OSError as error:
             self._put_off(ward, str(error.strerror))
             return
-        self.owner.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._reap(ward, child))
-        ward.child = child
         self.set_state(ward, "STARTING")
         failpoints.hit("supervisor.started")
 
@@ -62,12 +62,13 @@ class Guardian:
             self.owner.notice("shortage", ward.name, f"its process cannot be started ({why}): tried again every {LATER:.0f} s")
         ward.put_off = True
 
-    def _fork(self, ward: Ward) -> Child:
+    def _fork(self, ward: Ward, follows: Child | None = None) -> Child:
         folder = self.owner.folder
         incarnation, board = make_child(ward.name, folder)
         logs = folder / "logs" / f"{incarnation:x}"
         spec, address = ward.spec, self.owner.address
         child = Child(ward.name, incarnation, 0, -1, board, folder, tails(logs), ward.replica)
+        child.predecessor = follows.incarnation if follows is not None else None
         self.tell_started(self.owner.link, child, live=False)  # before the fork: the router must know whom it meets
 
         def run() -> int:
@@ -83,20 +84,28 @@ class Guardian:
                 fork.end(child.pid)
             self.settle(child, "none", {"reason": "crash"})
             raise
+        self.owner.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._reap(ward, child))
         return child
 
     def tell_started(self, link: Link, child: Child, *, live: bool) -> None:
-        link.tell("started", name=child.name, incarnation=child.incarnation, replica=child.replica, board=str(child.board.path), live=live)
+        link.tell(
+            "started", name=child.name, incarnation=child.incarnation, replica=child.replica, board=str(child.board.path), live=live,
+            predecessor=child.predecessor,
+        )  # fmt: skip
+
+    def _find(self, incarnation: int) -> Iterator[tuple[Ward, Child]]:
+        """Yield the process of a number, if it has not been reaped."""
+        return ((ward, child) for ward in self.wards for child in ward.children if child.incarnation == incarnation)
 
     def heard_ready(self, incarnation: int) -> None:
-        for ward in self.wards:
-            if ward.child is not None and ward.child.incarnation == incarnation and ward.child.unmet:
-                ward.child.unmet = False
+        for ward, child in self._find(incarnation):
+            if child.unmet:
+                child.unmet = False
                 self.tell_status(self.groups[ward.name], self.owner.link)
-            if ward.child is not None and ward.child.incarnation == incarnation and not ward.child.ready:
-                ward.child.ready = True
+            if not child.ready:
+                child.ready, child.since = True, time.monotonic()
                 ward.put_off = False
-                if ward.state == "STARTING":
+                if child is ward.child and ward.state == "STARTING":
                     self.set_state(ward, "RUNNING")
 
     def tell_output(self, child: Child, *, last: bool = False) -> None:
@@ -108,17 +117,22 @@ class Guardian:
     # -- looks at it
 
     def look_at(self, ward: Ward, now: float) -> None:
+        limits = ward.spec.limits
+        for each in ward.children:
+            self.tell_output(each)
+            if each.is_starting and each.ending is None and now - each.started > limits.start_timeout:
+                self._end(each, "start_timeout", [(0.0, signal.SIGABRT), (0.5, signal.SIGKILL)])
         child = ward.child
         if child is None:
             return
-        self.tell_output(child)
-        limits = ward.spec.limits
-        if not child.ready and child.ending is None and now - child.started > limits.start_timeout:
-            self._end(child, "start_timeout", [(0.0, signal.SIGABRT), (0.5, signal.SIGKILL)])
-        if limits.timeout is not None and child.ready and child.ending is None:
+        if limits.timeout is not None and child.ready and child.goes_on:
             self._check_limit(child, limits.timeout, now)
         if ward.name in self.owner.held or child.frozen:
             self._check_frozen(ward, child, now)
+        if child.ending == "recycle":
+            self._let_finish(child)
+        elif child.ready and child.is_due(ward.spec.recycle, now):
+            self._start_heir(ward, now)
 
     def _check_limit(self, child: Child, timeout: float, now: float) -> None:
         """End a process whose event overran; look again right before, as another may just have started."""
@@ -135,31 +149,119 @@ class Guardian:
             child.frozen = frozen
             self.tell_status(self.groups[ward.name], self.owner.link)
 
+    # -- its heir: the process that is to replace it, set up before it is asked to stop
+
+    def heard_due(self, incarnation: int) -> None:
+        """A process has run as many events as it is to run."""
+        for ward, child in self._find(incarnation):
+            child.due = True
+            self._start_heir(ward, time.monotonic())
+
+    def _start_heir(self, ward: Ward, now: float) -> None:
+        """Start the next process beside one that is due; of replicas one after the other, as each takes room and time."""
+        is_wanted = ward.child is not None and ward.child.due and ward.child.ending is None and ward.heir is None
+        if not is_wanted or now < ward.heir_at or self.groups[ward.name].is_setting_up_an_heir:
+            return
+        try:
+            ward.heir = self._fork(ward, follows=ward.child)
+        except OSError as error:
+            self._lack_heir(ward, str(error.strerror))
+            return
+        failpoints.hit("supervisor.heir_started")
+
+    def heard_set_up(self, incarnation: int) -> None:
+        """An heir waits: its predecessor is to finish what runs and to give back the rest."""
+        for ward, heir in self._find(incarnation):
+            if heir is not ward.heir or heir.ending is not None:
+                continue
+            heir.waits = True
+            if ward.child is not None and ward.child.ending is None:
+                self.owner.link.tell("stop_worker", incarnation=ward.child.incarnation)
+                self._end(ward.child, "recycle", [])
+                failpoints.hit("supervisor.heir_waits")
+            for other in self.groups[ward.name].wards:
+                self._start_heir(other, time.monotonic())
+
+    def _let_finish(self, child: Child) -> None:
+        """Begin the stop ladder of one that is replaced once nothing runs there: a routine interrupts no event."""
+        if child.board.running_slot() is not None:
+            child.kill_at = []
+        elif not child.kill_at:
+            self._end(child, "recycle", self._ladder)
+
+    def _take_over(self, ward: Ward, heir: Child) -> None:
+        """Let an heir be the one that counts; the router gives it events once those of its predecessor are settled."""
+        ward.child, ward.heir, ward.failed_heirs = heir, None, 0
+        if heir.waits:
+            heir.waits, heir.started = False, time.monotonic()
+        else:
+            self.set_state(ward, "STARTING")
+        self.owner.desk.push("log", level="debug", message=f"process {heir.pid} takes over from the last one of {ward.name}")
+        failpoints.hit("supervisor.taken_over")
+
+    def _bury_heir(self, ward: Ward, heir: Child, exit_: str | int, text: str) -> None:
+        """Try another one later if this one has died unasked; until then the one that is due goes on."""
+        if ward.leaving:
+            return
+        group = self.groups[ward.name]
+        if ward.replica >= group.spec.replicas:
+            self.let_go(group, ward)
+        elif exit_ == fork.SHORT and not fork.has_begun(heir.record):
+            self._lack_heir(ward, "no descriptor, memory or room in the hub's folder")
+        elif heir.ending != "stop":
+            delay = self._put_heir_off(ward)
+            old = ward.child
+            goes_on = f", which goes on: tried again in {delay:.0f} s" if old is not None and old.ending is None else ""
+            if heir.ending != "full":  # of which a notice has told
+                self._tell_death(ward, heir, exit_, text, f"; it was to replace process {old and old.pid}{goes_on}")
+
+    def _lack_heir(self, ward: Ward, why: str) -> None:
+        if not ward.failed_heirs:
+            self.owner.notice("shortage", ward.name, f"a process cannot be replaced ({why}): it goes on, and that is tried again")
+        self._put_heir_off(ward)
+
+    def _put_heir_off(self, ward: Ward) -> float:
+        ward.failed_heirs += 1
+        delay = max(LATER, ward.spec.restart.delay_for(ward.failed_heirs + 1))
+        ward.heir_at = time.monotonic() + delay
+        return delay
+
+    def end_heir(self, ward: Ward) -> None:
+        if ward.heir is not None and ward.heir.ending is None:
+            self.ask_to_stop(ward.heir, "stop")
+
     # -- its end
 
     def renew(self, ward: Ward) -> None:
         """Let a replica begin anew, whatever it was in."""
         ward.counter.reset()
+        ward.failed_heirs, ward.heir_at = 0, 0.0
+        self.end_heir(ward)
         if ward.child is None:
             ward.start_at = time.monotonic()
             self.set_state(ward, "BACKOFF")
-        elif ward.child.ending is None:
+        elif ward.child.goes_on:
             self.ask_to_stop(ward.child, "restart")
 
     def let_go(self, group: Group, ward: Ward) -> None:
         """End a replica that is one too many."""
         ward.start_at = None
-        if ward.child is None:
+        if not ward.children:
             group.wards.remove(ward)
             self.announce(group)
-        elif ward.child.ending is None:
-            self.ask_to_stop(ward.child, "stop")
+        for child in ward.children:
+            if child.goes_on:
+                self.ask_to_stop(child, "stop")
 
     def ask_to_stop(self, child: Child, why: str) -> None:
         """The stop ladder: ask, SIGTERM, SIGKILL."""
-        ask, term = self.owner.charter.ask, self.owner.charter.term
         self.owner.link.tell("stop_worker", incarnation=child.incarnation)
-        self._end(child, why, [(ask, signal.SIGTERM), (ask + term, signal.SIGKILL)])
+        self._end(child, why, self._ladder)
+
+    @property
+    def _ladder(self) -> list[tuple[float, int]]:
+        ask, term = self.owner.charter.ask, self.owner.charter.term
+        return [(ask, signal.SIGTERM), (ask + term, signal.SIGKILL)]
 
     def heard_full(self, incarnation: int, message: str) -> None:
         """A process has done what cannot be kept: end it, uncharged; the next one tries again later."""
@@ -184,6 +286,8 @@ class Guardian:
         """Send the signals that are due."""
         while child.kill_at and child.kill_at[0][0] <= now:
             _, number = child.kill_at.pop(0)
+            if child.ending == "recycle":
+                child.ending = "restart"  # from here on its end is our doing
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(child.pidfd, number)
 
@@ -198,10 +302,9 @@ class Guardian:
         self.owner.selector.unregister(child.pidfd)
         os.close(child.pidfd)
         self.tell_output(child, last=True)
-        ward.child = None
-        finished = child.board.finished_any()
-        by_itself = child.ending in (None, "limit", "start_timeout")
         exit_ = fork.exit_word(status)
+        if child.ending == "recycle" and (child.board.running_slot() is not None or isinstance(exit_, str)):
+            child.ending = None  # it was to finish what it ran, and died of it
         error, text = child.last_words()
         if child.was_out_of_memory(exit_):
             text = OUT_OF_MEMORY
@@ -211,10 +314,16 @@ class Guardian:
             "traceback": text if not error else "", "rss": usage.ru_maxrss * 1024, "seconds": ward.spec.limits.timeout or 0.0,
             "stderr": child.outputs["err"].last_words,
         }  # fmt: skip
+        finished = child.board.finished_any()
         self.settle(child, charge, cause)
+        if child is ward.heir:
+            ward.heir = None
+            self._bury_heir(ward, child, exit_, text)
+            return
+        ward.child = None
         if error or not child.ready:
             ward.error = (error, text)
-        self._decide(ward, child, exit_, text, finished=finished, by_itself=by_itself)
+        self._decide(ward, child, exit_, text, finished)
 
     def settle(self, child: Child, charge: str, cause: dict[str, object]) -> None:
         """Let the router settle what a dead process held, then forget it."""
@@ -231,8 +340,8 @@ class Guardian:
         self.owner.link.ask("died", settled, incarnation=child.incarnation, charge=charge, slot=child.overran, cause=cause)
         failpoints.hit("supervisor.settling")
 
-    def _decide(self, ward: Ward, child: Child, exit_: str | int, text: str, *, finished: bool, by_itself: bool) -> None:
-        if child.ending in ("stop", "restart") and child.ready and text and exit_ == 1:
+    def _decide(self, ward: Ward, child: Child, exit_: str | int, text: str, finished: bool) -> None:
+        if child.ending in ("stop", "restart", "recycle") and child.ready and text and exit_ == 1:
             self.owner.notice("failure", ward.name, text, key="", id="teardown", attempt=1, first=True)
         if ward.leaving:
             self.set_state(ward, "STOPPED", lasting=False)
@@ -247,23 +356,30 @@ class Guardian:
         if exit_ == fork.SHORT and not fork.has_begun(child.record):
             self._put_off(ward, "no descriptor, memory or room in the hub's folder")
             return
+        by_itself = child.ending in (None, "limit", "start_timeout")
         decision = ward.counter.died(finished_any=finished, by_itself=by_itself, exit_ok=exit_ == 0)
         if by_itself:
-            reason = {
-                "limit": f"overran its limit of {ward.spec.limits.timeout} s",
-                "start_timeout": "was not ready in time",
-            }
-            what = reason.get(child.ending or "", f"ended with {exit_}")
-            text, ward.told = (text, text) if text != ward.told else ("", text)  # once is enough of one that dies at every start
-            self.owner.notice(
-                "death", ward.name, f"process {child.pid} {what}", exit=exit_, pid=child.pid, traceback=text, ready=child.ready
-            )  # fmt: skip
-        if decision.state == "BACKOFF":
+            self._tell_death(ward, child, exit_, text)
+        if decision.state != "BACKOFF":
+            self.end_heir(ward)
+            self.set_state(ward, decision.state)
+        elif ward.heir is not None and ward.heir.ending is None:
+            ward.restarts += by_itself
+            self._take_over(ward, ward.heir)
+        elif child.ending == "recycle":  # its heir has died
+            self.start(ward)
+        else:
             ward.restarts += 1
             ward.start_at = time.monotonic() + (LATER if child.ending == "full" else decision.delay)
             self.set_state(ward, "BACKOFF")
-        else:
-            self.set_state(ward, decision.state)
+
+    def _tell_death(self, ward: Ward, child: Child, exit_: str | int, text: str, more: str = "") -> None:
+        reason = {"limit": f"overran its limit of {ward.spec.limits.timeout} s", "start_timeout": "was not ready in time"}
+        what = reason.get(child.ending or "", f"ended with {exit_}")
+        text, ward.told = (text, text) if text != ward.told else ("", text)  # once is enough of one that dies at every start
+        self.owner.notice(
+            "death", ward.name, f"process {child.pid} {what}{more}", exit=exit_, pid=child.pid, traceback=text, ready=child.ready
+        )  # fmt: skip
 
     # -- what others hear of it
 

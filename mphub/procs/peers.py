@@ -40,7 +40,9 @@ class Seat(Consumer):
         "fenced",
         "inside",
         "met",
+        "most",
         "patience",
+        "predecessor",
         "ready",
         "slow_at",
         "stopping",
@@ -49,9 +51,13 @@ class Seat(Consumer):
         "unconfirmed",
     )
 
-    def __init__(self, incarnation: int, box: Mailbox, replica: int, board: Board) -> None:
+    def __init__(self, incarnation: int, box: Mailbox, replica: int, board: Board, predecessor: int | None = None) -> None:
         super().__init__(incarnation, box, replica)
         self.board = board
+        self.predecessor = predecessor
+        """The incarnation that it is to follow: while that has a seat, this one is not welcomed."""
+        self.most = box.spec.recycle.max_events or 0
+        """Events that it has run after which another is to follow it (0: any number)."""
         self.stream: Stream | None = None
         self.met = True
         """It has said to this router what it holds; a new one holds nothing."""

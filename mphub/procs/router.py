@@ -386,17 +386,26 @@ class Router:
         self.entering.add(seat)
 
     def _let_in(self) -> None:
-        """Welcome processes, those that begin with the last snapshot."""
+        """Welcome processes, those that begin with the last snapshot; an heir only once its predecessor's events are settled."""
         entering, self.entering = self.entering, set()
-        with self.exchange.turn():
-            found = {seat: None if seat.ready else self.exchange.letters.snapshot(seat.snapshot_key) for seat in entering}
-        for seat, snapshot in found.items():
+        for seat in entering:
             if seat.stream is None:
                 continue  # it is gone again
+            if seat.predecessor in self.seats and not seat.stopping:
+                self._push("set_up", incarnation=seat.incarnation)
+                failpoints.hit("router.heir_waits")
+                continue
             seat.inside = True
-            seat.stream.send(frames.WELCOME, encode(Welcome(seat.told, *(snapshot or ()))))
+            seat.stream.send(frames.WELCOME, encode(Welcome(seat.told, *self._beginning(seat))))
             if seat.stopping:
                 seat.stream.send(frames.STOP)
+
+    def _beginning(self, seat: Seat) -> tuple[bytes, str | None] | tuple[()]:
+        """Return the snapshot to begin with: none for one that has begun, or that is to end before its predecessor."""
+        if seat.ready or seat.predecessor in self.seats:
+            return ()
+        with self.exchange.turn():
+            return self.exchange.letters.snapshot(seat.snapshot_key) or ()
 
     def _from_subscriber(self, seat: Seat, kind: int, header: bytes) -> None:
         if seat.fenced:
@@ -406,6 +415,8 @@ class Router:
             try:
                 if self.exchange.report(seat, report, time.time()):
                     seat.board.set_flag(COMMITTED)
+                    if seat.most:
+                        self._count(seat, report.ran)
             except JournalError as error:  # its state is ahead of what is kept: another incarnation does that again
                 seat.fenced = True
                 self._push("full", incarnation=seat.incarnation, message=str(error))
@@ -417,6 +428,12 @@ class Router:
             self._is_ready(seat)
         else:
             raise ProtocolError(f"kind {kind} from a subscriber")
+
+    def _count(self, seat: Seat, ran: int) -> None:
+        """Tell once when a process has run as many events as it is to run; the next router knows the count from its board."""
+        if seat.board.add_ran(ran) >= seat.most:
+            seat.most = 0
+            self._push("due", incarnation=seat.incarnation)
 
     def _is_ready(self, seat: Seat) -> None:
         seat.ready = True
@@ -471,7 +488,7 @@ class Router:
         return sorted(self.seats.values(), key=lambda seat: seat.delivery.holding) if self.shared else self.seats.values()
 
     def _note_shared(self) -> None:
-        seated = Counter(seat.box for seat in self.seats.values())
+        seated = Counter(seat.box for seat in self.seats.values() if seat.predecessor not in self.seats)
         self.shared = {box for box, count in seated.items() if count > 1}
 
     def _share(self, seat: Seat) -> int:
@@ -546,12 +563,12 @@ class Router:
         """Want back what has not started from one that is to stop or paused: a handler that has become slow may hold hours of work."""
         seat.board.set_flag(RECALLED, seat.stopping or seat.box.is_at_rest)
 
-    def do_started(self, name: str, incarnation: int, replica: int, board: str, live: bool) -> None:
+    def do_started(self, name: str, incarnation: int, replica: int, board: str, live: bool, predecessor: int | None = None) -> None:
         """Seat an incarnation; a live one (this router is a successor) has yet to say what it holds."""
         box = self.exchange.boxes.get(name)
         if box is None or self.exchange.frames.get(incarnation, (0, 0))[0] == SETTLED:
             return
-        seat = Seat(incarnation, box, replica, Board(board))
+        seat = Seat(incarnation, box, replica, Board(board), predecessor)
         seat.told, _ = self.exchange.frames.get(incarnation, (0, 0))
         self.seats[incarnation] = seat
         self._note_shared()
@@ -569,6 +586,8 @@ class Router:
             seat.box.window.gather()  # what waits for it alone is for others
             if seat.stream is not None and seat.inside:
                 seat.stream.send(frames.STOP)
+            elif seat.stream is not None:
+                self.entering.add(seat)
 
     def do_died(self, incarnation: int, charge: str, slot: int | None, cause: dict[str, Any]) -> None:
         """Settle what a reaped process held: its last frames first, then its board.
@@ -593,6 +612,7 @@ class Router:
         else:
             self.exchange.died_unseen(seat, board, charged, Cause(**cause))
         board.close()
+        self.entering.update(heir for heir in self.seats.values() if heir.predecessor == incarnation and not heir.inside)
 
     def do_settled(self, incarnation: int) -> None:
         """Forget a death: nobody will ask about it again."""

@@ -143,7 +143,7 @@ class Supervisor:
         for child in self.guardian.children:
             child.unmet = child.board.flag(READY)  # else it has never been given anything
             self.guardian.tell_started(link, child, live=child.unmet)
-            if child.ending in ("stop", "restart"):
+            if child.ending in ("stop", "restart", "recycle"):
                 link.tell("stop_worker", incarnation=child.incarnation)
         link.tell("known", incarnations=[*self.guardian.unsettled, *(child.incarnation for child in self.guardian.children)])
 
@@ -370,18 +370,16 @@ class Supervisor:
         """Stop processes; call ``then`` when each is reaped and its events are settled."""
         for ward in wards:
             ward.leaving, ward.start_at = True, None
-            if ward.child is None:
-                self.guardian.set_state(ward, "STOPPED", lasting=False)
-            else:
-                self.guardian.set_state(ward, "STOPPING")
-                self.guardian.ask_to_stop(ward.child, "stop")
+            self.guardian.set_state(ward, "STOPPED" if ward.child is None else "STOPPING", lasting=ward.child is not None)
+            for child in ward.children:
+                self.guardian.ask_to_stop(child, "stop")
         self.farewells.append((wards, then))
         self.say_farewells()
 
     def say_farewells(self) -> None:
         for wards, then in list(self.farewells):
             names = {ward.name for ward in wards}
-            if all(ward.child is None for ward in wards) and not any(c.name in names for c in self.guardian.unsettled.values()):
+            if not any(ward.children for ward in wards) and not any(c.name in names for c in self.guardian.unsettled.values()):
                 self.farewells.remove((wards, then))
                 then()
 

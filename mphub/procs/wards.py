@@ -15,6 +15,7 @@ import msgspec
 import psutil
 
 from mphub.core.restarts import RestartCounter
+from mphub.options import Recycle
 from mphub.procs import fork
 from mphub.store.board import Board
 from mphub.wire.codec import shortened
@@ -26,6 +27,8 @@ LINE_BYTES = 64 << 10
 """A longer line is broken."""
 RECENT = 50
 """Lines of stderr that a dead letter has."""
+WEIGH_EVERY = 0.5
+"""Seconds between two looks at how much memory a process takes, if that matters."""
 BEST_FIRST = ("STOPPING", "RUNNING", "STARTING", "BACKOFF", "FATAL", "STOPPED")
 PAUSABLE = ("RUNNING", "STARTING", "BACKOFF")
 WORST_FIRST = ("STOPPING", "FATAL", "BACKOFF", "STARTING", "STOPPED", "RUNNING")
@@ -91,14 +94,24 @@ class Child:
     outputs: dict[str, Tail]
     replica: int = 0
     started: float = field(default_factory=time.monotonic)
+    predecessor: int | None = None
+    """The incarnation that it follows, if that was still at work when it was started."""
     ready: bool = False
+    waits: bool = False
+    """An heir that is set up: it begins when its predecessor is settled."""
+    since: float = 0.0
+    """When it began."""
+    due: bool = False
+    """Another is to take its place."""
     ending: str | None = None
-    """Why we end it: stop, restart, limit, start_timeout; None while it lives its own life."""
+    """Why we end it: stop, restart, recycle, limit, start_timeout; None while it lives its own life."""
     kill_at: list[tuple[float, int]] = field(default_factory=list)
     """The rest of the stop ladder: (when, signal)."""
     overran: int | None = None
     running_since: tuple[int, float] | None = None
     """(slot, when it was first seen running)."""
+    weigh_at: float = 0.0
+    """When to look next at how much memory it takes."""
     frost: fork.Frost = field(default_factory=fork.Frost)
     unmet: bool = False
     """A new router waits for its word."""
@@ -114,6 +127,28 @@ class Child:
     @property
     def record(self) -> Path:
         return self.folder / "children" / f"{self.incarnation:x}.{self.replica}.{self.name}"
+
+    @property
+    def is_starting(self) -> bool:
+        """Say whether it still has to be set up, or to take up its state."""
+        return not self.ready and not self.waits
+
+    @property
+    def goes_on(self) -> bool:
+        """Say whether nothing ends it, or only that it has finished what it runs."""
+        return self.ending in (None, "recycle")
+
+    def is_due(self, rule: Recycle, now: float) -> bool:
+        """Say whether another is to take its place; the router counts the events.
+
+        One that is too large before it has finished anything is not: the next would be no smaller.
+        """
+        if rule.max_age is not None and now - self.since >= rule.max_age:
+            self.due = True
+        if isinstance(rule.max_rss, int) and now >= self.weigh_at:
+            self.weigh_at = now + WEIGH_EVERY
+            self.due |= self.measure()[1] > rule.max_rss and self.board.finished_any()
+        return self.due
 
     def sample(self, now: float) -> tuple[int, float] | None:
         """Note what runs; return (slot, seconds since it was first seen)."""
@@ -175,6 +210,12 @@ class Ward:
     told_router: bool = True
     """The router is to know this state."""
     child: Child | None = None
+    heir: Child | None = None
+    """The next one, started while ``child`` goes on."""
+    heir_at: float = 0.0
+    """When one may be started at the earliest."""
+    failed_heirs: int = 0
+    """In a row."""
     restarts: int = 0
     start_at: float | None = None
     error: tuple[bytes, str] = (b"", "")
@@ -188,6 +229,11 @@ class Ward:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def children(self) -> list[Child]:
+        """Return its processes: the one that is given events first."""
+        return [child for child in (self.child, self.heir) if child is not None]
 
     @classmethod
     def make(cls, spec: Spec, replica: int) -> Ward:
@@ -224,7 +270,12 @@ class Group:
 
     @property
     def children(self) -> list[Child]:
+        """Return those that are given events."""
         return [ward.child for ward in self.wards if ward.child is not None]
+
+    @property
+    def is_setting_up_an_heir(self) -> bool:
+        return any(ward.heir is not None and ward.heir.is_starting for ward in self.wards)
 
     @property
     def state(self) -> str:

@@ -1,7 +1,8 @@
 """The progress board of one incarnation: a mapped file that tells, without asking the process, what it holds and how far it is.
 
-Layout: a page of flags, a ring of ranges (delivery number, count, batch row, index of the first event), a ring of state bytes, one per
-delivery number. The router writes ranges before it sends, the subscriber writes states, the supervisor reads.
+Layout: flags and the count of events that were run, a ring of ranges (delivery number, count, batch row, index of the first event), a ring
+of state bytes, one per delivery number. The router writes ranges before it sends and counts what is committed, the subscriber writes
+states, the supervisor reads.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ SLOTS: Final = 16384
 RANGES: Final = 1024
 READY, COMMITTED, RECALLED = 0, 1, 2
 """Offsets of flags: set up; something that it has handled is in the journal; what it has not started is wanted back."""
+_RAN: Final = struct.Struct("<Q")
+_RAN_AT: Final = 16
 _RANGE: Final = struct.Struct("<QIQI8x")
 _RINGS_AT: Final = 64
 _STATES_AT: Final = _RINGS_AT + RANGES * _RANGE.size
@@ -55,6 +58,12 @@ class Board:
 
     def set_flag(self, which: int, up: bool = True) -> None:
         self.map[which] = up
+
+    def add_ran(self, count: int) -> int:
+        """Count events that it has run, and that are committed; return how many by now."""
+        (ran,) = _RAN.unpack_from(self.map, _RAN_AT)
+        _RAN.pack_into(self.map, _RAN_AT, ran + count)
+        return int(ran + count)
 
     def hand_out(self, number: int, count: int, row: int, index: int) -> None:
         """Note a range and clear its states; to be called before the frame is sent."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from mphub.options import Inbox, Limits, Rate, Restart, Snapshot
+from mphub.options import Inbox, Limits, Rate, Recycle, Restart, Snapshot
 
 
 class Surroundings(msgspec.Struct, frozen=True):
@@ -32,6 +32,7 @@ class Spec(msgspec.Struct, frozen=True):
     answers: bool = True
     replicas: int = 1
     rate: Rate | None = None
+    recycle: Recycle = Recycle()
     ordered: bool = False
     """Events of one ordering key are handled one after the other, by whatever process."""
     initializer: bytes = b""

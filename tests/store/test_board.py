@@ -31,10 +31,12 @@ def test_another_process_sees_what_was_written(board: Board) -> None:
         other = Board(board.path)
         mark(other, 6, 3)
         other.set_flag(READY)
+        other.add_ran(2)
         os._exit(list(other.ranges()) != [(5, 3, 7, 100)])
     assert os.waitpid(pid, 0)[1] == 0
     assert board.states(5, 3) == b"\x00\x03\x00"
     assert board.flag(READY)
+    assert board.add_ran(3) == 5
     assert board.finished_any()
 
 

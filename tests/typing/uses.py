@@ -21,6 +21,7 @@ from mphub import (
     Notice,
     Progress,
     Publisher,
+    Recycle,
     Reply,
     Restart,
     Results,
@@ -120,6 +121,7 @@ Retry(on="KeyError")  # error
 Inbox(maxsize="many")  # error
 Limits(timeout="1 s")  # error
 Snapshot(every=1.5)  # error
+Recycle(max_events="8")  # error
 Restart().delay = 2.0  # error
 Retry().delay = 2.0  # error
 Stop().ask = 1.0  # error
