@@ -7,6 +7,7 @@ process has for itself: without pages of files and of shared memory.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import mmap
 import os
@@ -28,7 +29,7 @@ from results import Absolute
 from sides import KEY, PAYLOAD, Counter, array, side_of
 from steps import cpu_seconds, roundtrip_steps, steps
 
-from mphub import EventHub, Inbox, Restart, Retry, Stop, Subscriber
+from mphub import EventHub, Inbox, Recycle, Restart, Retry, Stop, Subscriber
 
 MB = 1e6
 KEPT = 2000
@@ -40,6 +41,8 @@ AHEAD = 5000
 SETTLE = 1.0
 """Seconds until a hub idles."""
 HASTY = Stop(ask=0.2, term=0.2)
+RECYCLED = 1000
+"""Events after which "recycle" has a process replaced."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,39 @@ def seconds_to_recover(hub: EventHub) -> float:
     if successor == victim:
         raise SystemExit(f"bench: the process {victim} has handled after its SIGKILL: no figure")
     return took
+
+
+class Noting(Subscriber[int, None]):
+    """Works for a moment, and notes in shared memory what it was given, when and by which process; behind them how many there are."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def setup(self) -> None:
+        self.notes = mapped(self.path)
+
+    def handle(self, payload: int) -> None:
+        now, count = time.monotonic_ns(), self.notes[-1]
+        self.notes[3 * count], self.notes[3 * count + 1], self.notes[3 * count + 2] = payload, now, os.getpid()
+        self.notes[-1] = count + 1
+        while time.monotonic_ns() - now < SLOW * 1e9:
+            pass
+
+
+def recycle(events: int) -> dict[str, float]:
+    """Return the longest milliseconds between two starts of a handler, by one process after the other; all in order, or no figure."""
+    with shared_numbers(3 * events + 1) as path:
+        with hub_of(1, partial(Noting, path), recycle=Recycle(max_events=RECYCLED), inbox=Inbox(maxsize=2 * events)) as hub:
+            hub.publish_batch(KEY, range(events))
+            hub.drain()
+        notes = mapped(path).tolist()
+    must_be([notes[-1], notes[0:-1:3] == list(range(events))], [events, True])
+    starts, pids = notes[1::3], notes[2::3]
+    if (processes := len(set(pids))) < events // (5 * RECYCLED):
+        raise SystemExit(f"bench: {processes} processes have handled {events} events, too few of them: no figure")
+    pauses = [(after - before) / 1e6 for before, after in itertools.pairwise(starts)]
+    within = max(pause for pause, pair in zip(pauses, itertools.pairwise(pids), strict=True) if len(set(pair)) == 1)
+    return {"longest": max(pauses), "longest within one process": within, "processes": processes}
 
 
 @contextlib.contextmanager
@@ -289,9 +325,17 @@ class Gated(Subscriber[object, None]):
 
 
 def mapped(path: str) -> memoryview:
-    """Map a file as two numbers: whether the gate is open, and how many have passed."""
+    """Map a file as numbers."""
     with open(path, "r+b") as file:
-        return memoryview(mmap.mmap(file.fileno(), 16)).cast("Q")
+        return memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")
+
+
+@contextlib.contextmanager
+def shared_numbers(count: int) -> Iterator[str]:
+    """Yield a file for some numbers."""
+    with tempfile.NamedTemporaryFile(prefix="bench-") as file:
+        file.truncate(8 * count)
+        yield file.name
 
 
 def cpu_behind(waiting: int, events: int) -> float:
@@ -313,10 +357,9 @@ def cpu_behind(waiting: int, events: int) -> float:
 
 @contextlib.contextmanager
 def gated() -> Iterator[tuple[Callable[[], Gated], memoryview]]:
-    """Yield a handler and its gate."""
-    with tempfile.NamedTemporaryFile(prefix="bench-") as file:
-        file.truncate(16)
-        yield partial(Gated, file.name), mapped(file.name)
+    """Yield a handler and its gate, two numbers: whether it is open, and how many have passed."""
+    with shared_numbers(2) as path:
+        yield partial(Gated, path), mapped(path)
 
 
 def keep_up(hub: EventHub, gate: memoryview, waiting: int, published: int, handled: int) -> int:
@@ -333,6 +376,12 @@ def keep_up(hub: EventHub, gate: memoryview, waiting: int, published: int, handl
 FIGURES: dict[str, Figure | Curve] = {
     "start-8": Figure("s until 8 subscribers are RUNNING", 1, start, {"start": 0.4}),
     "recovery": Figure("ms from a SIGKILL until the subscriber has handled again", 60, recovery, {"p50": 50}),
+    "recycle": Figure(
+        f"ms between two starts of a handler, and processes, one replaced every {RECYCLED:,} events",
+        100_000,
+        recycle,
+        {"longest": 100, "longest within one process": None, "processes": None},
+    ),
     "idle-cpu": Figure("% of a core, an idle hub with 8 subscribers", 10_000, idle_cpu, {"all processes": 0.5}),
     "idle-uss": Figure("MB of an idle subscriber, the largest of 8", 1, idle_uss, {"subscriber": 12}),
     "array-4-memory": Figure("MB at most, while 8 MB arrays go to 4 subscribers", 200, array_memory, {"router": 80}),

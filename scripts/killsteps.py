@@ -9,7 +9,8 @@
 
 Each run is a small program in an interpreter of its own: a publisher (its process is forked; one that dies is followed by another)
 publishes numbered events under ``in``, ``pass`` hands each on to ``out``, where ``log`` writes it down and ``count`` counts it into a
-snapshot. Between them: requests, retries, a crash, payloads in files, a subscription that comes and goes, a restart.
+snapshot. Their processes are recycled. Between them: requests, retries, a crash, payloads in files, a subscription that comes and goes, a
+restart.
 """
 
 from __future__ import annotations
@@ -38,12 +39,26 @@ import psutil
 from soak import AT_ONCE, FORK, PATIENT, Count, Event, books_add_up, check, judged, note, notes, ranges
 
 import mphub
-from mphub import Dropped, EventHub, HubClosed, HubStatistics, Inbox, MphubError, Retry, RetryLater, Snapshot, StartFailed, failpoints
+from mphub import (
+    Dropped,
+    EventHub,
+    HubClosed,
+    HubStatistics,
+    Inbox,
+    MphubError,
+    Recycle,
+    Retry,
+    RetryLater,
+    Snapshot,
+    StartFailed,
+    failpoints,
+)
 
 BATCH = int(os.environ.get("KILLSTEPS_BATCH", "10"))
 EVENTS = 30 * BATCH
 SMALL = Inbox(maxsize=4 * BATCH)
 """So that publishers are held now and then."""
+OFTEN = Recycle(max_events=7 * BATCH)
 TOGETHER = 2
 """Of five batches the one that is a transaction."""
 RETRIED, LATER, CRASHES, LARGE, ASKS = 40, 70, 150, 30, 20
@@ -87,13 +102,15 @@ def ask(number: int) -> int | bytes:
 def make_hub(folder: Path) -> EventHub:
     hub = EventHub(name="killsteps")
     troubles = Retry(PATIENT.max_attempts, on=KeyError, delay=0.0)
-    hub.subscribe("in", lambda event: hand_on(folder, hub, event), name="pass", to="out", retry=troubles, restart=AT_ONCE, inbox=SMALL)
+    hub.subscribe(
+        "in", lambda event: hand_on(folder, hub, event), name="pass", to="out", retry=troubles, restart=AT_ONCE, inbox=SMALL, recycle=OFTEN
+    )
 
     def write_down(event: tuple[int, int, bytes]) -> None:
         note(folder / "delivered", *event[:2], mphub.current_event().attempt, os.getpid())
 
-    hub.subscribe("out", write_down, name="log", retry=PATIENT, restart=AT_ONCE)
-    hub.subscribe("out", Count, name="count", snapshot=Snapshot(every=50, period=0.05), retry=PATIENT, restart=AT_ONCE)
+    hub.subscribe("out", write_down, name="log", retry=PATIENT, restart=AT_ONCE, recycle=OFTEN)
+    hub.subscribe("out", Count, name="count", snapshot=Snapshot(every=50, period=0.05), retry=PATIENT, restart=AT_ONCE, recycle=OFTEN)
     hub.subscribe("ask", ask, name="ask", retry=PATIENT, restart=AT_ONCE)
 
     def heal(number: int) -> None:
