@@ -37,9 +37,10 @@ from mphub.errors import (
 from mphub.events import DeadLetter, EventId, Notice, Topic, str_of
 from mphub.executor import HubExecutor
 from mphub.executor import run as run_call
+from mphub.observe import html
 from mphub.observe.console import Console, farewell, log
 from mphub.observe.progress import Watcher, check_progress
-from mphub.observe.statistics import HubStatistics
+from mphub.observe.statistics import HubStatistics, SubscriberStatistics
 from mphub.options import (
     Inbox,
     Limits,
@@ -172,6 +173,18 @@ class EventHub:
     def __repr__(self) -> str:
         state = "running" if self._engine else "stopped" if self._final else "not started"
         return f"<EventHub {self.name!r} ({self._kind}, {state}, {len(self._subscriptions)} subscribers)>"
+
+    def _repr_html_(self) -> str:
+        keys = {subscription.name: subscription.keys for subscription in list(self._subscriptions.values())}
+        return html.subscribers(repr(self), keys, self._figures)
+
+    def _figures(self) -> Mapping[str, SubscriberStatistics]:
+        """Return the subscribers' figures; none before the first start.
+
+        Raises HubError: this is not the process that has them.
+        """
+        is_new = self._engine is None and self._final is None and self._is_ours
+        return {} if is_new else self.statistics().subscribers
 
     def __reduce__(self) -> tuple[Callable[..., EventHub], tuple[str | Address]]:
         if self._kind == "inline":
@@ -681,7 +694,8 @@ class EventHub:
 
     def _state_of(self, name: str) -> str:
         self._must_own("state")
-        return self._engine.state_of(name)[0] if self._engine is not None else "STOPPED"
+        engine = self._engine
+        return engine.state_of(name)[0] if engine is not None else "STOPPED"
 
     def _wait_ready(self, name: str, timeout: float | None) -> None:
         state, error, trace = self._running("wait_ready").wait_ready(name, check_timeout(timeout))

@@ -23,6 +23,7 @@ from mphub.errors import (
     load_error,
 )
 from mphub.events import EventId
+from mphub.observe import html
 
 if TYPE_CHECKING:
     from mphub.reader import Reader
@@ -78,6 +79,14 @@ class Reply(concurrent.futures.Future[R]):
         self._result = self._exception = None
         self._waiters: list[Any] = []
         self._done_callbacks: list[Callable[[Any], object]] = []
+
+    def _repr_html_(self) -> str:
+        """Show how it stands, without waiting; of what came of it the type alone, whose text may be long or raise."""
+        with self._condition:
+            state, error = self._state.lower(), self._exception
+            came = error if error is not None else self._result
+        kind = type(came).__name__ if state == "finished" else ""
+        return html.table("Reply", ("id", "state", "result"), [(getattr(self, "id", ""), state, kind)])
 
     def result(self, timeout: float | None = None) -> R:
         return super().result(self._read(timeout))

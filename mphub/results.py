@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from mphub.events import Progress
+from mphub.observe import html
 from mphub.observe.progress import Watcher, check_progress, watching
 from mphub.options import check_choice, check_number
 from mphub.reply import Reply, give_up
@@ -81,6 +82,10 @@ class Results(Generic[R]):
         except BaseException:
             self.close()
             raise
+
+    def _repr_html_(self) -> str:
+        total = self._total if self._total is not None else "?"
+        return html.table("Results", ("taken", "under way", "failed", "total"), [(self._given, len(self._under_way), self._failed, total)])
 
     def _fill(self) -> None:
         while len(self._under_way) < AHEAD:

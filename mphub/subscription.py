@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mphub.events import DeadLetter, Topic
+from mphub.observe import html
 from mphub.observe.progress import Watcher
 from mphub.observe.statistics import SubscriberStatistics
 from mphub.reply import Reply
@@ -29,6 +30,10 @@ class Subscription(Generic[T, R]):
     def __repr__(self) -> str:
         state = f": {self.state}" if self._hub._is_ours else ""
         return f"<Subscription {self.name!r} to {', '.join(self.keys)}{state}>"
+
+    def _repr_html_(self) -> str:
+        own = self.name
+        return html.subscribers(repr(self), {own: self.keys}, lambda: {n: s for n, s in self._hub._figures().items() if n == own})
 
     @property
     def name(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mphub.observe import html
+
 
 @dataclass(frozen=True, slots=True)
 class SubscriberStatistics:
@@ -45,6 +47,11 @@ class HubStatistics:
     pids: Mapping[str, int]
     """``supervisor`` and ``router``."""
     subscribers: Mapping[str, SubscriberStatistics]
+
+    def _repr_html_(self) -> str:
+        caption = f"{self.accepted:,} accepted, {self.unmatched:,} unmatched"
+        rows = [(name, one.state, *html.figures(one)) for name, one in self.subscribers.items()]
+        return html.table(caption, ("name", "state", *html.FIGURES), rows)
 
 
 def percentiles(samples: list[float]) -> tuple[float, float, float]:
