@@ -10,10 +10,12 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from multiprocessing import util as mp_util
 from pickle import dumps
-from typing import Any
+from types import MethodType
+from typing import Any, Final
 
 import msgspec
 
@@ -24,8 +26,8 @@ from mphub.events import EventId, Topic, str_of
 from mphub.reader import Dialer, Reader
 from mphub.reply import Reply, failure_of
 from mphub.store.blobs import Blobs
-from mphub.wire import codec, frames
-from mphub.wire.codec import SHORT_BYTES, STOP, Parts
+from mphub.wire import frames
+from mphub.wire.codec import SHORT_BYTES, STOP, Parts, check_size
 from mphub.wire.frames import (
     BLOB_MIN,
     MAX_EVENTS,
@@ -42,6 +44,7 @@ from mphub.wire.frames import (
     join,
 )
 from mphub.wire.open_batch import PLAIN, RUN_BYTES, Mode, OpenBatch, is_atomic
+from mphub.wire.payloads import CODECS, Codec
 from mphub.wire.stream import Line, shut
 
 log = logging.getLogger("mphub")
@@ -76,6 +79,8 @@ class Address(msgspec.Struct, frozen=True):
     """Seconds since the epoch, as psutil tells it: pids are used again."""
     largest: int
     """Bytes of one payload that the hub admits."""
+    codec: str = "pickle"
+    """How its payloads and results travel: a name in ``CODECS``."""
 
     @property
     def data(self) -> str:
@@ -90,7 +95,8 @@ class Connection:
     """A process's stream to the router: id, sequence and order are those of the process. Thread-safe."""
 
     def __init__(self, address: Address) -> None:
-        self.address = address
+        self.address, self.codec = address, CODECS[address.codec]
+        self.publish_plain: Callable[[str | Topic[Any], object], EventId] = MethodType(_PLAIN[address.codec], self)
         self._reset()
         _connections.add(self)
 
@@ -130,55 +136,19 @@ class Connection:
 
         Raises PayloadError, HubClosed, and with ``confirm`` what the router refused it for.
         """
-        data = codec.encode_apart(payload)
+        data = self.codec.encode_apart(payload)
         with self._enter():
             number = self._add(key, data, extra, (None, False, epoch) if epoch else PLAIN, strict=confirm)
             if confirm:
                 self._wait_own(self._sequence)
         return EventId(self._base + number)
 
-    def publish_plain(self, key: str | Topic[Any], payload: object) -> EventId:
-        """Do what ``publish`` does for an event with nothing special; hardly a call on the way, as this is the rate.
-
-        Raises InvalidKey, PayloadError, HubClosed.
-        """
-        kind = type(payload)
-        if kind is bytes and len(payload) < len(SHORT_BYTES):  # type: ignore[arg-type]
-            data: bytes | Parts = SHORT_BYTES[len(payload)] + payload + STOP  # type: ignore[arg-type, operator]
-        else:
-            data = dumps(payload, 5) if kind in SCALARS else codec.encode_apart(payload)
-        size, event = len(data), [data]
-        run: list[Any] | None = None
-        last = self._batch.key
-        if key is not last:
-            if type(key) is not str or key not in known:
-                key = check_key(str_of(key))
-            if key != last:
-                run = [key, 0]
-                size += len(key) + RUN_BYTES
-        # no call from here to the return: other threads, and interrupts, come in at calls
-        batch = self._batch
-        total = batch.size + size
-        if total < batch.limit and size < BLOB_MIN and (run is not None or key == batch.key):
-            number = batch.next_id
-            if number < batch.last_id:
-                if run is not None:
-                    run[1] = number - batch.first_id
-                    batch.runs += run
-                    batch.key = key
-                batch.next_id = number + 1
-                batch.size = total
-                batch.events += event  # type: ignore[arg-type]  # parts are larger
-                return EventId(number)
-        with self._enter():
-            return EventId(self._base + self._add(check_key(str_of(key)), data, None, PLAIN))
-
     def request(self, key: str, payload: object, target: str | None, extra: Extra | None = None) -> Reply[object]:
         """Send one event whose handler's result comes back.
 
         ``target``: a name that has been checked. Raises PayloadError, HubClosed.
         """
-        data = codec.encode_apart(payload)
+        data = self.codec.encode_apart(payload)
         reply: Reply[object] = Reply()
         with self._enter():
             number = self._add(key, data, extra, (target, True, 0), reply)
@@ -228,7 +198,7 @@ class Connection:
 
         ``strict``: at once, in a frame of its own, which is refused if nobody subscribes.
         """
-        codec.check_size(data, self.address.largest)
+        check_size(data, self.address.largest)
         self._ready(mode)
         while self._held and self._is_held(key):
             self._wait_released(key)
@@ -505,7 +475,7 @@ class Connection:
     def _answered(self, line: Line, reply: frames.Reply) -> None:
         future = self._replies.get(reply.number)
         if future is not None and future._claim():
-            settle_reply(future, reply, self._blobs)
+            settle_reply(future, reply, self._blobs, self.codec)
         elif future is not None:
             future._tell_again()
         with self._lock, contextlib.suppress(OSError):
@@ -559,11 +529,60 @@ class Connection:
         return bool(self._followed or self._batch.events)
 
 
-def settle_reply(future: Reply[object], reply: frames.Reply, blobs: Blobs) -> None:
+def _plain_way(codec: Codec) -> Callable[[Connection, str | Topic[Any], object], EventId]:
+    """Return ``Connection.publish_plain`` for a codec: only pickles of bytes and scalars are made without its function."""
+    is_pickle = codec.name == "pickle"
+    heads, scalars = (SHORT_BYTES, SCALARS) if is_pickle else ((), frozenset())
+    shorts, encode_apart = len(heads), codec.encode_apart
+
+    def publish_plain(self: Connection, key: str | Topic[Any], payload: object) -> EventId:
+        """Do what ``publish`` does for an event with nothing special; hardly a call on the way, as this is the rate.
+
+        Raises InvalidKey, PayloadError, HubClosed.
+        """
+        kind = type(payload)
+        if kind is bytes and len(payload) < shorts:  # type: ignore[arg-type]
+            data: bytes | Parts = heads[len(payload)] + payload + STOP  # type: ignore[arg-type, operator]
+        else:
+            data = dumps(payload, 5) if kind in scalars else encode_apart(payload)
+        size, event = len(data), [data]
+        run: list[Any] | None = None
+        last = self._batch.key
+        if key is not last:
+            if type(key) is not str or key not in known:
+                key = check_key(str_of(key))
+            if key != last:
+                run = [key, 0]
+                size += len(key) + RUN_BYTES
+        # no call from here to the return: other threads, and interrupts, come in at calls
+        batch = self._batch
+        total = batch.size + size
+        if total < batch.limit and size < BLOB_MIN and (run is not None or key == batch.key):
+            number = batch.next_id
+            if number < batch.last_id:
+                if run is not None:
+                    run[1] = number - batch.first_id
+                    batch.runs += run
+                    batch.key = key
+                batch.next_id = number + 1
+                batch.size = total
+                batch.events += event  # type: ignore[arg-type]  # parts are larger
+                return EventId(number)
+        with self._enter():
+            return EventId(self._base + self._add(check_key(str_of(key)), data, None, PLAIN))
+
+    return publish_plain
+
+
+_PLAIN: Final = {name: _plain_way(codec) for name, codec in CODECS.items()}
+
+
+def settle_reply(future: Reply[object], reply: frames.Reply, blobs: Blobs, codec: Codec) -> None:
     """Put the outcome into the future."""
     try:
         if reply.outcome == "ok":
-            future.set_result(codec.load_any(blobs.copy(reply.blob) if reply.blob else reply.body))
+            read = blobs.copy if codec.has_views else blobs.read  # what is kept of a map keeps the removed file's room
+            future.set_result(codec.load_any(read(reply.blob) if reply.blob else reply.body))
         else:
             future.set_exception(failure_of(reply.outcome, reply.body))
     except Exception as error:  # the result cannot be loaded here: that is the answer

@@ -27,8 +27,8 @@ from mphub.reply import Reply
 from mphub.store.blobs import Blobs
 from mphub.store.journal import Dead
 from mphub.subscribing import share_cores
-from mphub.wire import codec
 from mphub.wire.frames import Extra, decoder, split
+from mphub.wire.payloads import CODECS, Codec
 from mphub.wire.specs import Spec
 
 KEPT_PAYLOADS = 16 << 20
@@ -74,7 +74,7 @@ class ProcessEngine:
     """The hub's own processes."""
 
     def __init__(self, address: Address, max_bytes: int, stop: Stop, console: Console) -> None:
-        self.address, self.stop = address, stop
+        self.address, self.stop, self.codec = address, stop, CODECS[address.codec]
         boot.sweep(Path(address.folder).parent)
         self.console = console
         self.client = Client(address, max_bytes, stop.ask, stop.term, console.hear)
@@ -194,7 +194,7 @@ class ProcessEngine:
         while True:
             page = self.client.call("dead_letters", name=name, after=after)
             for data in page["letters"]:
-                letter = letter_of(_dead.decode(data), self.blobs, room)
+                letter = letter_of(_dead.decode(data), self.blobs, room, self.codec)
                 room -= len(letter._payload)
                 letters.append(letter)
             after = page["next"]
@@ -226,8 +226,9 @@ class ProcessEngine:
 class InlineEngine:
     """The caller's thread."""
 
-    def __init__(self, folder: str, max_bytes: int, console: Console, clock: Clock, *, propagate: bool) -> None:
-        self.inline = Inline(folder, max_bytes, clock, propagate=propagate)
+    def __init__(self, address: Address, max_bytes: int, console: Console, clock: Clock, *, propagate: bool) -> None:
+        self.codec = CODECS[address.codec]
+        self.inline = Inline(address.folder, max_bytes, self.codec, clock, propagate=propagate)
         self.limiter = Limiter()
         self.console = console
         self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = None
@@ -275,7 +276,7 @@ class InlineEngine:
 
     def publish(self, key: str, payload: object, extra: Extra | None, confirm: bool) -> EventId:
         try:
-            return self.inline.send(key, codec.encode(payload), extra, strict=confirm)
+            return self.inline.send(key, self.codec.encode(payload), extra, strict=confirm)
         finally:
             self._tell()
 
@@ -337,7 +338,7 @@ class InlineEngine:
     def dead_letters(self, name: str | None) -> list[DeadLetter]:
         with self.inline.exchange.turn():
             page, _ = self.inline.exchange.letters.page(name, 0, limit=1 << 62)
-        return [letter_of(_dead.decode(data), self.inline.exchange.blobs, KEPT_PAYLOADS) for data in page]
+        return [letter_of(_dead.decode(data), self.inline.exchange.blobs, KEPT_PAYLOADS, self.codec) for data in page]
 
     def redrive(self, name: str | None, ids: Collection[int] | None) -> int:
         check_ids(ids)
@@ -374,20 +375,25 @@ def statistics_of(counters: dict[str, Any]) -> SubscriberStatistics:
     return SubscriberStatistics(**counters, waiting=waiting, mean=seconds / handled if handled else 0.0, p50=p50, p95=p95, p99=p99)
 
 
-def letter_of(dead: Dead, blobs: Blobs, room: int) -> DeadLetter:
+def letter_of(dead: Dead, blobs: Blobs, room: int, codec: Codec) -> DeadLetter:
     """Build a public dead letter; its payload is kept if there is room for it."""
     batch = dead.batch
+    payload = b""
+    loads: Callable[[bytes], Any] = _nothing
     if batch.blob is None:
-        (payload,) = map(bytes, split(dead.body))
-    else:
-        payload = b""
+        (payload,), loads = map(bytes, split(dead.body)), codec.load_any
+    elif batch.size <= room:
         with contextlib.suppress(OSError):
-            payload = bytes(blobs.read(batch.blob)) if batch.size <= room else codec.encode(None)
+            payload, loads = bytes(blobs.read(batch.blob)), codec.load_any
     return DeadLetter(
         id=EventId.make(batch.publisher, batch.number), key=batch.key(0), subscriber=dead.subscriber, reason=dead.reason,
         attempts=dead.attempts, traceback=dead.traceback, exit=dead.exit, pid=dead.pid, at=dead.at, rss=dead.rss,
-        stderr=dead.stderr, told=dead.told, _payload=payload, _error=dead.error, _loads=codec.load_any,
+        stderr=dead.stderr, told=dead.told, _payload=payload, _error=dead.error, _loads=loads,
     )  # fmt: skip
+
+
+def _nothing(_: bytes) -> None:
+    """Stand for a payload that is not kept."""
 
 
 def check_ids(ids: Collection[int] | None) -> None:

@@ -80,7 +80,7 @@ class Event:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """An event that was given up, with why. Its payload and error are unpickled when looked at."""
+    """An event that was given up, with why. Its payload and error are decoded when looked at."""
 
     id: EventId
     key: str

@@ -64,9 +64,9 @@ from mphub.results import Results, together
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing, publish_inside
 from mphub.subscribing import SubscribeOptions, Where, check_types, make_spec
 from mphub.subscription import Subscription
-from mphub.wire import codec as wire_codec
-from mphub.wire.codec import shortened
+from mphub.wire.codec import encode, shortened
 from mphub.wire.frames import extra_of, is_text
+from mphub.wire.payloads import CODECS
 
 if TYPE_CHECKING:  # a lambda says nothing of its payload: then it is Any, also to what checks its body (bound)
     from typing_extensions import TypeVar as DefaultTypeVar
@@ -102,7 +102,8 @@ class EventHub:
     max_bytes: bound of journal and blobs together, a size or a percentage of the memory that holds them. unmatched: ``warn`` or
     ``ignore`` for events that nobody subscribes to. check: leaving ``with`` raises DeadLettersLeft. propagate: inline publishes raise the
     handler's exception (default there). initializer: called without arguments in each subscriber's process before its handler is loaded;
-    with the inline engine at each start.
+    with the inline engine at each start. codec: how payloads and results travel: ``pickle`` (any Python object), ``msgpack``, ``json``
+    or ``raw`` (bytes).
     """
 
     def __init__(
@@ -125,12 +126,12 @@ class EventHub:
     ) -> None:
         refuse_unavailable(
             path=(path, None),
-            codec=(codec, "pickle"),
             durability=(durability, "process"),
         )
         refuse_unavailable(retention=(retention, None), notify=(notify or (), ()), dashboard=(dashboard, None))
         check_types(stop=(stop, Stop), check=(check, bool), propagate=(propagate, bool | None))
         check_choice("EventHub", "engine", engine, ("process", "inline"))
+        check_choice("EventHub", "codec", codec, tuple(CODECS))
         if initializer is not None and not callable(initializer):
             raise InvalidOption(f"EventHub(initializer): got {initializer!r:.60}; expected a function without arguments")
         check_choice("EventHub", "unmatched", unmatched, ("warn", "ignore"))
@@ -143,14 +144,14 @@ class EventHub:
         parent, self._is_small = boot.runtime_parent()
         self.name = name if name is not None else default_name()
         self._initializer = initializer
-        self._packed_initializer = wire_codec.encode(initializer, "initializer") if initializer is not None and engine == "process" else b""
+        self._packed_initializer = encode(initializer, "initializer") if initializer is not None and engine == "process" else b""
         self._kind, self._check, self._stop, self._unmatched = engine, check, stop, unmatched
         self._capacity = boot.capacity(parent)
         self._max_bytes = parse_share(max_bytes, self._capacity)
         self._propagate = engine == "inline" if propagate is None else propagate
         folder = parent / f"mphub-{os.getuid()}-{os.urandom(4).hex()}"
         born, largest = psutil.Process().create_time(), int(self._max_bytes * ADMIT)
-        self._address = Address(str(folder), os.urandom(16), self.name, getpid(), born, largest)
+        self._address = Address(str(folder), os.urandom(16), self.name, getpid(), born, largest, codec)
         self._console = Console(unmatched)
         self._clock: Clock = SystemClock()
         self._stands_in = False
@@ -233,7 +234,7 @@ class EventHub:
 
     def _make_engine(self) -> Engine:
         if self._kind == "inline":
-            return InlineEngine(self._address.folder, self._max_bytes, self._console, self._clock, propagate=self._propagate)
+            return InlineEngine(self._address, self._max_bytes, self._console, self._clock, propagate=self._propagate)
         return ProcessEngine(self._address, self._max_bytes, self._stop, self._console)
 
     def _wait_all(self, timeout: float | None) -> None:
@@ -533,9 +534,9 @@ class EventHub:
         """Collect events that are journaled together on leaving the ``with`` block, or not at all; in a handler with its ack."""
         context = self._surrounding()
         if context is not None:
-            return Transaction(context.publish_together)
+            return Transaction(context.publish_together, context.codec)
         if self._kind == "inline":
-            return Transaction(lambda events: self._running("transaction").publish_together(events))
+            return Transaction(lambda events: self._running("transaction").publish_together(events), CODECS[self._address.codec])
         return self.publisher().transaction()
 
     def flush(self, timeout: float | None = None) -> None:
@@ -595,6 +596,8 @@ class EventHub:
 
         Raises InvalidOption, NameTaken.
         """
+        if self._address.codec != "pickle":
+            raise InvalidOption(f"executor: calls are pickled, and this hub has codec={self._address.codec!r}; expected codec='pickle'")
         return HubExecutor(
             self.subscribe(
                 name, run_call, name=name, replicas=replicas, retry=retry, restart=restart, inbox=inbox, limits=limits, recycle=recycle,

@@ -17,8 +17,8 @@ from mphub.events import EventId, Topic, str_of
 from mphub.options import check_timeout
 from mphub.reply import Reply
 from mphub.subscriber import Context, holder, inside_of, publish_inside
-from mphub.wire import codec
 from mphub.wire.frames import Extra, extra_of
+from mphub.wire.payloads import CODECS, Codec
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ class Publisher:
 
     def transaction(self) -> Transaction:
         """Collect events that are journaled together on leaving the ``with`` block, or not at all."""
-        return Transaction(self._publish_together)
+        return Transaction(self._publish_together, CODECS[self._address.codec])
 
     def _publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
         context = self._context
@@ -115,8 +115,8 @@ class Publisher:
 class Transaction:
     """Events that are accepted together: committed and confirmed on leaving, discarded on an exception."""
 
-    def __init__(self, commit: Callable[[list[tuple[str, bytes, Extra | None]]], object]) -> None:
-        self._commit = commit
+    def __init__(self, commit: Callable[[list[tuple[str, bytes, Extra | None]]], object], codec: Codec) -> None:
+        self._commit, self._codec = commit, codec
         self._events: list[tuple[str, bytes, Extra | None]] = []
 
     def publish(
@@ -128,7 +128,7 @@ class Transaction:
         headers: dict[str, str] | None = None,
     ) -> None:
         """Add one event."""
-        self._events.append((check_key(str_of(key)), codec.encode(payload), extra_of(ordering_key, headers)))
+        self._events.append((check_key(str_of(key)), self._codec.encode(payload), extra_of(ordering_key, headers)))
 
     def __enter__(self) -> Transaction:
         return self

@@ -16,6 +16,7 @@ from mphub.wire.frames import Extra, extra_of
 
 if TYPE_CHECKING:
     from mphub.reply import Reply
+    from mphub.wire.payloads import Codec
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,6 +64,7 @@ class Context(Protocol):
     thread: int
     folder: str
     """Of the hub whose handler it is."""
+    codec: Codec
 
     @property
     def clock(self) -> Callable[[], float]: ...

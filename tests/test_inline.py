@@ -646,7 +646,7 @@ def test_what_is_not_there_yet_is_refused_with_a_sentence(engine: str) -> None:
         {"concurrency": 2}, {"process": "other"}, {"batch": 10}, {"start": "all"},
     ]  # fmt: skip
     making: list[dict[str, Any]] = [
-        {"path": "folder"}, {"codec": "json"}, {"durability": "power"}, {"retention": 1}, {"notify": ["mailto:a"]},
+        {"path": "folder"}, {"durability": "power"}, {"retention": 1}, {"notify": ["mailto:a"]},
         {"dashboard": 80},
     ]  # fmt: skip
     for options in subscribing:

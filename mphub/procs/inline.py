@@ -34,6 +34,7 @@ from mphub.subscriber import holder
 from mphub.wire import codec
 from mphub.wire.codec import Parts
 from mphub.wire.frames import Batch, Extra, Failure, ReplyRow, Report, encode, join, split
+from mphub.wire.payloads import Codec
 from mphub.wire.specs import Spec
 
 
@@ -62,8 +63,8 @@ class Post(Consumer):
 class Inline:
     """Runs handlers in the caller's thread, one outermost publish at a time."""
 
-    def __init__(self, folder: str, max_bytes: int, clock: Clock, *, propagate: bool) -> None:
-        self.folder, self.clock, self.propagate = folder, clock, propagate
+    def __init__(self, folder: str, max_bytes: int, codec: Codec, clock: Clock, *, propagate: bool) -> None:
+        self.folder, self.codec, self.clock, self.propagate = folder, codec, clock, propagate
         self.id = int.from_bytes(os.urandom(8), "big")
         self.exchange = Exchange(MemoryJournal(), NoBlobs("/nonexistent"), max_bytes, clock)
         self.posts: dict[str, Post] = {}
@@ -277,7 +278,7 @@ class Inline:
         for reply in replies:
             future = self._replies.pop(reply.number, None)
             if future is not None and future.set_running_or_notify_cancel():
-                settle_reply(future, reply, self.exchange.blobs)
+                settle_reply(future, reply, self.exchange.blobs, self.codec)
         if replies:
             with self.exchange.turn():
                 self.exchange.letters.taken(self.id, [reply.number for reply in replies])
@@ -295,7 +296,7 @@ class Inline:
         started = time.perf_counter()
         try:
             data = split(row.body)[index]
-            payload = codec.loads(data)
+            payload = self.codec.loads(data)
             self._current = (row, index, attempt, payload)
             if post.runner.wants is not None and not post.runner.wants(payload):
                 self.outputs.fresh.clear()
@@ -338,10 +339,10 @@ class Inline:
 
     def _keep_result(self, post: Post, row: Row, index: int, result: object) -> list[ReplyRow]:
         if post.work.to is not None and result is not None:
-            self.outputs.publish(post.work.to, codec.encode(result, "result"), None)
+            self.outputs.publish(post.work.to, self.codec.encode(result, "result"), None)
         if not row.batch.reply:
             return []
-        return [ReplyRow(row.batch.publisher, row.batch.number + index, "ok", codec.encode(result, "result"))]
+        return [ReplyRow(row.batch.publisher, row.batch.number + index, "ok", self.codec.encode(result, "result"))]
 
     def _failure(self, post: Post, number: int, attempt: int, error: BaseException, row: Row) -> Failure:
         retry, delay = handlers.retry_after(post.work, error, attempt)
@@ -355,7 +356,7 @@ class Inline:
     # -- what a handler may ask (Context)
 
     def publish(self, key: str, payload: object, extra: Extra | None, *, now: bool) -> EventId:
-        data = codec.encode(payload)
+        data = self.codec.encode(payload)
         if now:
             return self.send(key, data, extra)
         return EventId.make(self.outputs.incarnation, self.outputs.publish(key, data, extra))
@@ -367,7 +368,7 @@ class Inline:
         check_target(target)
         reply: Reply[object] = Reply()
         reply._asked = self
-        self.send(key, codec.encode(payload), extra, target=target, reply=reply)
+        self.send(key, self.codec.encode(payload), extra, target=target, reply=reply)
         if self._busy:
             self._work_for(reply)
         return reply

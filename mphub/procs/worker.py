@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +41,7 @@ from mphub.wire.frames import (
     split,
     views,
 )
+from mphub.wire.payloads import CODECS
 from mphub.wire.specs import Spec
 from mphub.wire.stream import Frame, Line
 
@@ -58,7 +59,7 @@ class Worker:
     """One incarnation of a subscriber."""
 
     def __init__(self, address: Address, spec: Spec, incarnation: int, replica: int, board: Path) -> None:
-        self.folder, self.clock = address.folder, time.time
+        self.folder, self.codec, self.clock = address.folder, CODECS[address.codec], time.time
         self.address, self.spec, self.name, self.incarnation, self.replica = address, spec, spec.name, incarnation, replica
         self.thread = threading.get_ident()
         self.board = Board(board)
@@ -87,7 +88,7 @@ class Worker:
         self.is_ready = False
         self.offsets: Sequence[int] = ()
         self.events: list[Any] = []
-        self.loads: Callable[[Any], Any] = codec.loads
+        self.loads = self.codec.loads
         self.last = 0
 
     # -- life
@@ -242,8 +243,7 @@ class Worker:
         self.batch = None
         self.deliver, self.offsets = deliver, deliver.chosen if deliver.chosen is not None else range(deliver.count)
         self.last = deliver.number + self.offsets[-1]
-        alone = deliver.batch.blob is not None and deliver.batch.count == 1
-        self.loads = codec.load_any if alone else codec.loads
+        self.loads = self.codec.load_any if is_alone(deliver) else self.codec.loads
         self.events = self._from_blob(deliver) if deliver.batch.blob is not None else split(body)
         self.started = time.perf_counter()
         self._run(deliver)
@@ -340,10 +340,10 @@ class Worker:
         assert self.deliver is not None
         deliver = self.deliver
         if self.work.to is not None and result is not None:
-            self.outputs.publish(self.work.to, codec.encode_apart(result, "result"), None)
+            self.outputs.publish(self.work.to, self.codec.encode_apart(result, "result"), None)
         if not deliver.batch.reply:
             return False
-        data, blob = self.blobs.spill(codec.encode_apart(result, "result"))
+        data, blob = self.blobs.spill(self.codec.encode_apart(result, "result"))
         number = deliver.batch.number + deliver.index + offset
         self.replies.append(ReplyRow(deliver.batch.publisher, number, "ok", data, blob))
         return True
@@ -449,7 +449,7 @@ class Worker:
         if now:
             epoch = self.deliver.epoch if self.deliver is not None else 0
             return connection_to(self.address).publish(key, payload, extra, epoch=epoch)
-        data = codec.encode_apart(payload)
+        data = self.codec.encode_apart(payload)
         if isinstance(data, codec.Parts):
             data = bytes(data)  # it goes out when the handler returns, which may change the payload until then
         return EventId.make(self.incarnation, self.outputs.publish(key, data, extra))
@@ -469,7 +469,7 @@ class Worker:
             raise HubError("mphub.current_event: no event is being handled; it works in handle(payload), not in setup or teardown")
         offset = (slot - self.deliver.number) % SLOTS
         data = self.events[self.offsets.index(offset)]
-        if self.loads is codec.load_any:  # the handler may have changed what it got: a view of that map
+        if is_alone(self.deliver):  # the handler may have changed what it got: a view of that map
             data = self.blobs.read(self.deliver.batch.blob or "")
         if self.batch is None:
             self.batch = self.deliver.batch.read()
@@ -477,6 +477,11 @@ class Worker:
         attempt = self._attempt(self.deliver.number + offset)
         cancelled = self.board.is_cancelled(self.deliver.number + offset)
         return event_of(self.batch, self.deliver.index + offset, payload, attempt, self.replica, cancelled=cancelled)
+
+
+def is_alone(deliver: Deliver) -> bool:
+    """Say whether it is one event that is a file of its own; the file of several holds a body."""
+    return deliver.batch.blob is not None and deliver.batch.count == 1
 
 
 def slots_of(number: int, offsets: Sequence[int]) -> Sequence[int]:

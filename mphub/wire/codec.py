@@ -129,7 +129,7 @@ def encode_by_value(payload: object, what: str, stays: Callable[[pickle.PickleBu
         return file.getvalue()
     except Exception as error:
         raise PayloadError(
-            f"{what} cannot be pickled: got {_short(payload)} ({type(error).__name__}: {error}); "
+            f"{what} cannot be pickled: got {short(payload)} ({type(error).__name__}: {error}); "
             "expected plain data, or objects whose parts can be pickled; open files, locks, sockets and generators cannot be sent"
         ) from error
 
@@ -192,7 +192,7 @@ def _code(file: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> Co
     return make(*args).replace(co_filename=file)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     try:
         text = repr(value)
     except Exception as error:
