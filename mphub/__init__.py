@@ -39,6 +39,7 @@ from mphub.reply import Reply
 from mphub.results import Results
 from mphub.subscriber import Subscriber, current_event, publish
 from mphub.subscription import Subscription
+from mphub.tap import Tap
 
 __version__ = "0.1.0"
 
@@ -91,6 +92,7 @@ __all__ = [
     "SubscriberPaused",
     "SubscriberStatistics",
     "Subscription",
+    "Tap",
     "Topic",
     "Transaction",
     "UsageError",

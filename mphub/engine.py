@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import TimeoutError as WaitTimeout
 from pathlib import Path
@@ -27,6 +28,7 @@ from mphub.reply import Reply
 from mphub.store.blobs import Blobs
 from mphub.store.journal import Dead
 from mphub.subscribing import share_cores
+from mphub.tap import Basin, Pipe, Tap, tap_on
 from mphub.wire.frames import Extra, decoder, split
 from mphub.wire.payloads import CODECS, Codec
 from mphub.wire.specs import Spec
@@ -60,6 +62,7 @@ class Engine(Protocol):
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None: ...
     def request(self, key: str, payload: object, target: str, extra: Extra | None) -> Reply[Any]: ...
     def cancel(self, event_id: int) -> int: ...
+    def listen(self, patterns: list[str], maxsize: int) -> Tap: ...
     def drain(self, timeout: float | None, progress: Watcher) -> None: ...
     def statistics(self) -> HubStatistics: ...
     def dead_letters(self, name: str | None) -> list[DeadLetter]: ...
@@ -81,6 +84,7 @@ class ProcessEngine:
         self.connection = connection_to(address)
         self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = self.connection.publish_plain
         self.blobs = Blobs(f"{address.folder}/blobs", int.from_bytes(address.token[:8], "big"))
+        self.pipes: weakref.WeakSet[Pipe] = weakref.WeakSet()
         self._replicas: dict[str, int] = {}
         """How many processes each subscriber has."""
 
@@ -155,6 +159,11 @@ class ProcessEngine:
         self.connection.flush()
         return int(self.client.call("cancel", ids=packed([event_id])))
 
+    def listen(self, patterns: list[str], maxsize: int) -> Tap:
+        tap, pipe = tap_on(self.address, patterns, maxsize)
+        self.pipes.add(pipe)
+        return tap
+
     def drain(self, timeout: float | None, progress: Watcher) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
         self.connection.flush(timeout)
@@ -219,6 +228,8 @@ class ProcessEngine:
 
     def close(self) -> None:
         self.client.close()
+        for pipe in list(self.pipes):
+            pipe.leave()
         drop_connection(self.address)
         self.console.close(TOLD_WITHIN)
 
@@ -292,6 +303,11 @@ class InlineEngine:
         finally:
             self._tell()
 
+    def listen(self, patterns: list[str], maxsize: int) -> Tap:
+        basin = Basin(maxsize, self.codec.load_any)
+        self.inline.listen(patterns, basin)
+        return Tap(patterns, basin, basin.close)
+
     def cancel(self, event_id: int) -> int:
         check_ids([event_id])
         return self.inline.cancel([event_id])
@@ -362,6 +378,7 @@ class InlineEngine:
             self._tell()
 
     def close(self) -> None:
+        self.inline.end_taps()
         self.inline.exchange.journal.close()
 
 

@@ -51,6 +51,7 @@ from mphub.options import (
     Snapshot,
     Stop,
     check_choice,
+    check_number,
     check_timeout,
     parse_share,
     refuse_unavailable,
@@ -62,8 +63,9 @@ from mphub.registry import Registry
 from mphub.reply import Reply
 from mphub.results import Results, together
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing, publish_inside
-from mphub.subscribing import SubscribeOptions, Where, check_types, make_spec
+from mphub.subscribing import SubscribeOptions, Where, check_types, make_spec, patterns_of
 from mphub.subscription import Subscription
+from mphub.tap import Tap, tap_on
 from mphub.wire.codec import encode, shortened
 from mphub.wire.frames import extra_of, is_text
 from mphub.wire.payloads import CODECS
@@ -79,6 +81,8 @@ C_co = TypeVar("C_co", covariant=True)
 F = TypeVar("F", bound=Callable[..., object] | type[Subscriber[Any, Any]])
 RUN_AGAIN = 0.05
 """Seconds between looks whether a hub that was stopped runs again."""
+MAX_PATTERNS = 32 << 10
+"""Bytes of what a tap listens to."""
 Names = str | Sequence[str | Topic[Any]]
 """Keys that say nothing of their payloads' type together."""
 
@@ -660,6 +664,21 @@ class EventHub:
         if self._engine is None and self._final is not None:
             return self._final[0]
         return self._running("statistics").statistics()
+
+    def listen(self, keys: Names | Topic[Any], *, maxsize: int = 1000) -> Tap:
+        """See events of some keys or patterns as they are accepted, without being a subscriber: a ``Tap``, from any process.
+
+        It holds nobody: of what its reader does not keep up with ``maxsize`` events wait, the rest is lost and counted (``dropped``).
+        Raises InvalidKey, InvalidOption, HubClosed.
+        """
+        patterns = patterns_of(keys)
+        if (size := sum(len(pattern.encode()) for pattern in patterns)) > MAX_PATTERNS:
+            raise InvalidOption(f"keys: got {size} bytes of patterns; expected at most {MAX_PATTERNS}: use wildcards")
+        check_number("listen", "maxsize", maxsize, 1, whole=True)
+        if self._engine is not None and self._is_ours:
+            return self._engine.listen(patterns, maxsize)
+        self._must_be_remote("listen")
+        return tap_on(self._address, patterns, maxsize)[0]
 
     def on_notice(self, callback: Callable[[Notice], None]) -> None:
         """Call back with each notice (death, FATAL, held, unmatched, ...), in a thread of this process."""

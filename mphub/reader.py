@@ -40,12 +40,17 @@ class Dialer:
 
         Raises OSError.
         """
-        if not self._born:
-            self._born = psutil.Process().create_time()
+        hello = self.hello()
         line = Line.connect(self.address.data)
-        line.send(frames.HELLO_PUBLISHER, encode(HelloPublisher(self.address.token, self.publisher, self.pid, self._born)))
+        line.send(*hello)
         failpoints.hit("publisher.met")
         return line
+
+    def hello(self) -> tuple[int, bytes]:
+        """Return what it says, and as what."""
+        if not self._born:
+            self._born = psutil.Process().create_time()
+        return frames.HELLO_PUBLISHER, encode(HelloPublisher(self.address.token, self.publisher, self.pid, self._born))
 
     def dial_first(self) -> Line:
         """Connect; wait while the hub is between two routers or two supervisors.

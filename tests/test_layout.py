@@ -17,7 +17,7 @@ LAYERS = (
     {"wire", "core"},
     {"store"},
     {"observe"},
-    {"publisher", "subscriber", "reply", "results", "reader", "connection"},
+    {"publisher", "subscriber", "reply", "results", "reader", "connection", "tap"},
     {"procs"},
     {"hub", "engine", "executor", "registry", "subscribing", "subscription"},
     {"cli", "ext", "testing"},

@@ -28,6 +28,10 @@ class Row:
         self.count = batch.count
         self._events: list[bytes] | None = None
 
+    def picked(self, spans: list[tuple[int, int]]) -> bytes:
+        """Return a body with these events: the row's own if that is all of them."""
+        return self.body if spans == [(0, self.count)] else self.cut(spans)
+
     def cut(self, spans: list[tuple[int, int]]) -> bytes:
         """Return a body with some of the events alone; a row that is cut once is cut again and again."""
         events = self.events()

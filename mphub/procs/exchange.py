@@ -28,6 +28,7 @@ from mphub.procs.letters import Cause, Letters
 from mphub.procs.mailbox import LASTING, Mailbox, event_id, single_portion
 from mphub.procs.recovery import recover
 from mphub.procs.room import Room
+from mphub.procs.taps import Taps
 from mphub.procs.withdrawals import CANCELLED, OVERFLOW, Withdrawals
 from mphub.store.blobs import Blobs, References
 from mphub.store.board import Board
@@ -89,7 +90,7 @@ class Exchange:
         """It is known which processes live and may hold what looks as if it waited."""
         self.told = False
         """The failure in the report at hand is raised to its caller (inline)."""
-        self.letters, self.room, self.withdrawals = Letters(self), Room(self), Withdrawals(self)
+        self.letters, self.room, self.withdrawals, self.taps = Letters(self), Room(self), Withdrawals(self), Taps()
         self.next_row = 1
         self.left: dict[int, int] = {}
         self._rows: WeakValueDictionary[int, Row] = WeakValueDictionary()
@@ -113,6 +114,7 @@ class Exchange:
         self.journal.begin()
 
     def abort(self) -> None:
+        self.taps.noted.clear()
         self.journal.abort()
 
     def commit(self) -> None:
@@ -125,6 +127,8 @@ class Exchange:
         if self.references.ended:  # for a router that dies before it has removed them
             self.journal.put("meta", b"ended", encode(self.references.ended))
         self.journal.commit()
+        if self.taps.noted:
+            self.taps.offer()
         failpoints.hit("router.sweeping")
         if self.references.ended:
             self.references.sweep()
@@ -302,6 +306,8 @@ class Exchange:
         row = Row(self.next_row, epoch, batch, header, body)
         self.next_row += 1  # at once: what is cut out of it has a number of its own
         self.accepted += row.count
+        if self.taps.listeners:
+            self.taps.note(batch, header, body)
         self.references.hold(batch.blob)
         taken = {box: left for box, spans in matched.items() if (left := self._admit(box, row, spans))}
         if batch.extras is not None and (apart := set_apart(batch.extras, self.clock())):

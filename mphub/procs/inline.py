@@ -31,6 +31,7 @@ from mphub.reply import Reply
 from mphub.store.blobs import Blobs
 from mphub.store.journal import MemoryJournal
 from mphub.subscriber import holder
+from mphub.tap import Basin
 from mphub.wire import codec
 from mphub.wire.codec import Parts
 from mphub.wire.frames import Batch, Extra, Failure, ReplyRow, Report, encode, join, split
@@ -189,6 +190,17 @@ class Inline:
         with self.exchange.turn():
             for output in self.outputs.take():
                 self.exchange.take_in(output.batch, encode(output.batch), output.body, self.exchange.epoch)
+
+    # -- taps
+
+    def listen(self, patterns: list[str], basin: Basin) -> None:
+        with self._turn():
+            self.exchange.taps.add(patterns, basin)
+
+    def end_taps(self) -> None:
+        """Let their loops end."""
+        for listener in self.exchange.taps.listeners:
+            listener.end()
 
     # -- publishing
 

@@ -85,9 +85,7 @@ def body_of(held: Held) -> bytes:
     row = held.portion.row
     if row.batch.blob is not None:
         return b""
-    if held.spans == [(0, row.count)]:
-        return row.body
-    return row.cut(held.spans)
+    return row.picked(held.spans)
 
 
 def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:

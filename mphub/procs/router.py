@@ -27,6 +27,7 @@ from mphub.procs.exchange import SETTLED, Exchange
 from mphub.procs.letters import Cause
 from mphub.procs.mailbox import LASTING, Mailbox
 from mphub.procs.peers import PublisherPeer, Seat, body_of, check_batch, running_of, unpack_ids
+from mphub.procs.taps import TapPeer
 from mphub.reader import is_alive
 from mphub.store.blobs import ROOM_EVERY, Blobs
 from mphub.store.board import COMMITTED, RECALLED, SLOTS, Board
@@ -41,11 +42,13 @@ from mphub.wire.frames import (
     DeliverRaw,
     HelloPublisher,
     HelloSubscriber,
+    HelloTap,
     Hold,
     ProtocolError,
     Push,
     RepliesTaken,
     Report,
+    Tapped,
     Welcome,
     Withdraw,
     decoder,
@@ -75,7 +78,7 @@ HALF = frames.HEAD.pack(0, frames.DELIVER, 0)
 """The begin of a frame that its sender does not live to write."""
 _batch, _report, _call = decoder(Batch), decoder(Report), decoder(Call)
 _hello_publisher, _hello_subscriber = decoder(HelloPublisher), decoder(HelloSubscriber)
-_taken, _withdraw, _spec = decoder(RepliesTaken), decoder(Withdraw), decoder(Spec)
+_taken, _withdraw, _hello_tap, _spec = decoder(RepliesTaken), decoder(Withdraw), decoder(HelloTap), decoder(Spec)
 
 
 class Router:
@@ -95,6 +98,7 @@ class Router:
         self.seats: dict[int, Seat] = {}
         self.entering: set[Seat] = set()
         """Processes that have said hello: they are welcomed after the commit, as what they begin with must be in the journal."""
+        self.taps: set[TapPeer] = set()
         self.shared: set[Mailbox] = set()
         """Inboxes that several of them are given events of."""
         self.exchange.informed = False
@@ -159,6 +163,8 @@ class Router:
         failpoints.hit("router.answered")
         if self.door.unsent:
             self.door.flush()
+        if self.taps:
+            self._catch_up()
 
     def _look_around(self, now: float) -> None:
         """Do what the clock asks for, and note when to look again."""
@@ -230,6 +236,10 @@ class Router:
             del self.publishers[peer.hello.publisher]
         if isinstance(peer, PublisherPeer):
             self.to_confirm.discard(peer)
+        if isinstance(peer, TapPeer) and peer in self.taps:
+            self.taps.remove(peer)
+            self.exchange.taps.remove(peer)
+            peer.close()
         stream.close()
 
     def _handle_arrived(self, stream: Stream) -> None:
@@ -248,12 +258,16 @@ class Router:
             self._from_subscriber(peer, kind, header)
         elif isinstance(peer, PublisherPeer):
             self._from_publisher(peer, kind, header, body)
+        elif isinstance(peer, TapPeer):
+            raise ProtocolError(f"kind {kind} from a tap")
         elif stream is self.link:
             self._from_supervisor(kind, header, body)
         elif kind == frames.HELLO_PUBLISHER:
             self._meet_publisher(stream, _hello_publisher.decode(header))
         elif kind == frames.HELLO_SUBSCRIBER:
             self._meet_subscriber(stream, _hello_subscriber.decode(header))
+        elif kind == frames.HELLO_TAP:
+            self._meet_tap(stream, _hello_tap.decode(header))
         else:
             raise ProtocolError(f"kind {kind} before a hello")
 
@@ -363,6 +377,22 @@ class Router:
             self._push("held", patterns=held, names=[b.name for b in self.exchange.full])
             for peer in self.publishers.values():
                 peer.stream.send(frames.HOLD, encode(Hold(held)))
+
+    # -- taps
+
+    def _meet_tap(self, stream: Stream, hello: HelloTap) -> None:
+        if hello.token != self.token:
+            raise ProtocolError("a hello with a wrong token")
+        self.door.welcome(stream)
+        peer = stream.peer = TapPeer(stream, self.blobs)
+        self.taps.add(peer)
+        self.exchange.taps.add(hello.patterns, peer)
+        stream.send(frames.TAPPED, encode(Tapped(0)))
+
+    def _catch_up(self) -> None:
+        for tap in self.taps:
+            if tap.catch_up():
+                tap.stream.flush_or_watch(self.selector)
 
     # -- subscribers
 
@@ -670,6 +700,8 @@ class Router:
         self.stopping = True
         for peer in self.publishers.values():
             peer.stream.send(frames.CLOSED)
+        for tap in self.taps:
+            tap.end()
 
     def _wait_for_room(self) -> None:
         """Wait a moment, as the disk is full: publishers wait for their confirms, subscribers for deliveries."""

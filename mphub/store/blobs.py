@@ -38,8 +38,7 @@ class Blobs:
 
     def write(self, data: bytes | Parts) -> str:
         """Write a file whole and return its name; one that is patient waits while the disk is full."""
-        self._made += 1
-        name = f"{self.writer}-{self._made}"
+        name = self._new_name()
         while True:
             try:
                 self._write(self.folder / name, data)
@@ -49,6 +48,10 @@ class Blobs:
                 if not self.patient or error.errno not in FULL:
                     raise
             time.sleep(ROOM_EVERY)
+
+    def _new_name(self) -> str:
+        self._made += 1
+        return f"{self.writer}-{self._made}"
 
     def _write(self, path: Path, data: bytes | Parts) -> None:
         pieces = data.pieces if isinstance(data, Parts) else [data]
@@ -99,6 +102,15 @@ class Blobs:
     def size(self, name: str) -> int:
         """Return its bytes; FileNotFoundError if a frame names what does not exist."""
         return (self.folder / checked(name)).stat().st_size
+
+    def has(self, name: str) -> bool:
+        return (self.folder / checked(name)).exists()
+
+    def link(self, name: str) -> str:
+        """Give a file one more name, under which it stays when the other is removed; return that."""
+        other = self._new_name()
+        os.link(self.folder / checked(name), self.folder / other)
+        return other
 
     def remove(self, name: str) -> None:
         (self.folder / checked(name)).unlink(missing_ok=True)

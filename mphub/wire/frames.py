@@ -53,13 +53,15 @@ HELLO_SUBSCRIBER, READY, REPORT = 20, 21, 22
 DELIVER, REPORT_CONFIRM, STOP, WELCOME = 30, 31, 32, 33
 # hub <-> supervisor <-> router
 HELLO_CONTROL, CALL, ANSWER, PUSH = 40, 41, 42, 43
+# tap -> router, router -> tap
+HELLO_TAP, TAPPED = 60, 61
 PART = 50
 """A piece of a larger frame (header: MORE or LAST)."""
 MORE, LAST = b"+", b"."
 
 WIRE_KINDS: Final = frozenset(
     {HELLO_PUBLISHER, BATCH, REPLIES_TAKEN, WITHDRAW, CONFIRM, HOLD, REPLY, CLOSED, HELLO_SUBSCRIBER, READY, REPORT}
-    | {DELIVER, REPORT_CONFIRM, STOP, WELCOME, HELLO_CONTROL, CALL, ANSWER, PUSH, PART}
+    | {DELIVER, REPORT_CONFIRM, STOP, WELCOME, HELLO_CONTROL, CALL, ANSWER, PUSH, PART, HELLO_TAP, TAPPED}
 )
 
 
@@ -261,6 +263,31 @@ class DeliverRaw(Wire, frozen=True):
     batch: msgspec.Raw
     chosen: list[int] | None = None
     attempts: dict[int, int] | None = None
+
+
+class HelloTap(Wire, frozen=True):
+    token: bytes
+    patterns: Annotated[list[Key], msgspec.Meta(min_length=1)]
+
+
+class Tapped(Wire, frozen=True):
+    """Events of a batch for a tap, and how many have been dropped since the last frame; the first one says that it is heard."""
+
+    dropped: int
+    batch: Batch | None = None
+    spans: list[tuple[int, int]] = []
+    """Which of the batch's events; the body holds just these, a file holds all."""
+    blob: str | None = None
+    """The tap's own name of the batch's file, which it removes."""
+
+
+class TappedRaw(Wire, frozen=True):
+    """``Tapped`` as the router writes it: the publisher's header passes through as bytes."""
+
+    dropped: int
+    batch: msgspec.Raw | None = None
+    spans: list[tuple[int, int]] = []
+    blob: str | None = None
 
 
 class Failure(Wire, frozen=True):

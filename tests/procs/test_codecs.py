@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import socket
-from multiprocessing.context import ForkContext, SpawnContext
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import psutil
@@ -21,9 +21,9 @@ from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
 pytestmark = pytest.mark.timeout(60)
-SMALL = {"msgpack": (1, b"x"), "json": (1, "x"), "raw": bytearray(b"x"), "pickle": (1, {2})}
-LARGE = {"msgpack": [b"x" * BLOB_MIN], "json": ["x" * BLOB_MIN], "raw": memoryview(b"x" * BLOB_MIN), "pickle": [b"x" * BLOB_MIN]}
-ARRIVES = {"msgpack": [1, b"x"], "json": [1, "x"], "raw": b"x", "pickle": (1, {2})}
+SMALL = {"msgpack": (1, b"x"), "json": (1, "x"), "raw": bytearray(b"x")}
+LARGE = {"msgpack": [b"x" * BLOB_MIN], "json": ["x" * BLOB_MIN], "raw": memoryview(b"x" * BLOB_MIN)}
+ARRIVES = {"msgpack": [1, b"x"], "json": [1, "x"], "raw": b"x"}
 codecs = pytest.mark.parametrize("codec", SMALL)
 
 
@@ -103,8 +103,7 @@ def publish_all(hub: EventHub, publisher: mphub.Publisher, queue: mphub.HubQueue
 
 
 @pytest.mark.procs
-@pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")], ids=["fork", "spawn"])
-def test_handles_in_other_processes_know_the_codec(context: ForkContext | SpawnContext, tmp_path: Path) -> None:
+def test_handles_in_other_processes_know_the_codec(tmp_path: Path) -> None:
     def handle(payload: list[object]) -> list[object]:
         note(tmp_path / "log", repr(payload)[:6])
         return payload
@@ -112,12 +111,14 @@ def test_handles_in_other_processes_know_the_codec(context: ForkContext | SpawnC
     hub = EventHub(codec="json")
     hub.subscribe("k", handle)
     with hub:
-        process = context.Process(target=publish_all, args=(hub, hub.publisher(), hub.queue))
-        process.start()
-        process.join(30)
-        assert process.exitcode == 0
-        process.close()
-    assert lines(tmp_path / "log") == ["[1]", "[2]", "[3]", "[4]", "[5]", "['xxxx", "[6]"]
+        handles = hub, hub.publisher(), hub.queue
+        for given in (handles, pickle.loads(ForkingPickler.dumps(handles))):
+            process = multiprocessing.get_context("fork").Process(target=publish_all, args=given)
+            process.start()
+            process.join(30)
+            assert process.exitcode == 0
+            process.close()
+    assert lines(tmp_path / "log") == ["[1]", "[2]", "[3]", "[4]", "[5]", "['xxxx", "[6]"] * 2
 
 
 class Hostile:
@@ -129,10 +130,9 @@ class Hostile:
 
 
 @pytest.mark.procs
-@pytest.mark.parametrize("codec", ["json", "msgpack", "raw"])
-def test_a_hub_that_does_not_pickle_unpickles_no_payload_anywhere(codec: str, tmp_path: Path) -> None:
-    hub = EventHub(codec=codec, check=False)
-    hub.subscribe("k", lambda payload: b"%d" % len(payload) if codec == "raw" else len(payload), name="k")
+def test_a_hub_that_does_not_pickle_unpickles_no_payload_anywhere(tmp_path: Path) -> None:
+    hub = EventHub(codec="json", check=False)
+    hub.subscribe("k", len, name="k")
     small, large = (encode_apart(Hostile(tmp_path / "log", bytes(size))) for size in (1, 2 * BLOB_MIN))
     blob = "0000000000000007-1"
     with hub, socket.socket(socket.AF_UNIX) as sock:
@@ -146,10 +146,8 @@ def test_a_hub_that_does_not_pickle_unpickles_no_payload_anywhere(codec: str, tm
         sock.sendall(frame(frames.BATCH, encode(Batch(7, 1, 1, 1, ["k"], [0], 0.0, size=len(small))), join([small])))
         sock.sendall(frame(frames.BATCH, encode(Batch(7, 2, 2, 1, ["k"], [0], 0.0, blob=blob, size=len(large)))))
         sub = hub.subscription("k")
-        assert eventually(lambda: sub.statistics().handled + sub.statistics().dead == 2)
-        letters = sub.dead_letters()
-        assert len(letters) == (0 if codec == "raw" else 2)
-        for letter in letters:
+        assert eventually(lambda: sub.statistics().dead == 2)
+        for letter in sub.dead_letters():
             with pytest.raises(Exception, match=r"malformed|invalid|truncated"):
                 _ = letter.payload
             assert "DecodeError" in letter.traceback

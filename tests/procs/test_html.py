@@ -61,17 +61,11 @@ def test_a_hub_is_a_table_before_while_and_after_it_runs(engine: str) -> None:
         assert running.rows[1][-1].endswith("s")
         assert Cells(sub._repr_html_()).rows == running.rows
         assert Cells(hub.statistics()._repr_html_()).rows[1][0] == "sub"
-    assert Cells(hub._repr_html_()).rows[1][2:-1] == ["STOPPED", "0", "0", "2", "1"]
-    assert Cells(sub._repr_html_()).caption == repr(sub)
-
-
-def test_one_that_was_unsubscribed_is_still_shown(engine: str) -> None:
-    hub = EventHub(engine=engine)
-    sub = hub.subscribe("k", print)
-    with hub:
         sub.unsubscribe()
-        assert [row[:3] for row in Cells(hub._repr_html_()).rows[1:]] == [["print", "", "STOPPED"]]
-        assert Cells(sub._repr_html_()).rows[1][0] == "print"
+        assert Cells(hub._repr_html_()).rows[1][:-1] == ["sub", "", "STOPPED", "0", "0", "2", "1"]
+    for shown in (hub, sub):
+        assert Cells(shown._repr_html_()).rows[1][2:-1] == ["STOPPED", "0", "0", "2", "1"]
+    assert Cells(sub._repr_html_()).caption == repr(sub)
 
 
 @pytest.mark.procs
@@ -96,23 +90,16 @@ def test_statistics_say_what_the_hub_took_in() -> None:
     assert table.rows[1] == ["a", "RUNNING", "1,234", "0", "0", "0", "1.23 ms"]
 
 
-def test_a_reply_is_shown_as_it_stands_and_never_waited_for(engine: str) -> None:
+def test_answers_are_shown_as_they_stand_and_never_waited_for(engine: str) -> None:
     reply: Reply[object] = Reply()
     assert Cells(reply._repr_html_()).rows[1] == ["", "pending", ""]
     hub = EventHub(engine=engine)
-    hub.subscribe("good", lambda _: "<i>")
+    good = hub.subscribe("good", lambda _: "<i>")
     hub.subscribe("bad", lambda _: 1 / 0)
-    with hub:
-        good, bad = hub.request("good", 1), hub.request("bad", 1)
-        assert (good.result(10), type(bad.exception(10))) == ("<i>", ZeroDivisionError)
-        assert Cells(good._repr_html_()).rows[1] == [str(good.id), "finished", "str"]
-        assert Cells(bad._repr_html_()).rows[1] == [str(bad.id), "finished", "ZeroDivisionError"]
-
-
-def test_results_say_how_far_they_are(engine: str) -> None:
-    hub = EventHub(engine=engine)
-    sub = hub.subscribe("k", lambda n: n)
-    with hub, sub.map(range(100)) as results:
+    with hub, good.map(range(100)) as results:
+        for answer, kind in ((hub.request("good", 1), "str"), (hub.request("bad", 1), "ZeroDivisionError")):
+            answer.exception(10)
+            assert Cells(answer._repr_html_()).rows[1] == [str(answer.id), "finished", kind]
         next(iter(results))
         head, row = Cells(results._repr_html_()).rows
         assert dict(zip(head, row, strict=True)) == {"taken": "1", "under way": "64", "failed": "0", "total": "100"}
