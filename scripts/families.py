@@ -18,6 +18,7 @@ from sides import (
     array,
     bare,
     beside_a_stuck_one,
+    crew,
     crowded,
     many_keys,
     many_patterns,
@@ -124,8 +125,8 @@ def against_itself(unit: str, special: Callable[[], Opened], target: float | Non
     return Family(unit, 300_000, throughput, {"baseline": lambda: mphub(1), "mphub": special}, target)
 
 
-def at_work(unit: str, subscribers: int, target: float) -> Family:
-    sides: Sides = {"baseline": lambda: bare(subscribers), "mphub": lambda: workers(subscribers)}
+def at_work(unit: str, processes: int, target: float, opened: Callable[[int], Opened] = workers) -> Family:
+    sides: Sides = {"baseline": lambda: bare(processes), "mphub": lambda: opened(processes)}
     return Family(unit, 2_000, partial(throughput, warm_up=100), sides, target)
 
 
@@ -147,6 +148,7 @@ FAMILIES = {
     "patterns": against_itself(f"events/s of a key among {PATTERNS:,} patterns, against one", many_patterns, target=0.7),
     "work-1ms": at_work("events/s of 1 ms of work, against a bare process", 1, target=0.97),
     "work-1ms-2": at_work("events/s of 1 ms of work to 2 subscribers, against 2 bare processes", 2, target=0.95),
+    "work-1ms-replicas": at_work("events/s of 1 ms of work to 2 replicas, against 2 bare processes", 2, target=0.95, opened=crew),
 }
 USUAL = list(FAMILIES)
 FAMILIES |= {

@@ -279,6 +279,23 @@ def workers(subscribers: int) -> Iterator[Side]:
 
 
 @contextlib.contextmanager
+def crew(replicas: int) -> Iterator[Side]:
+    """Open a hub whose one subscriber has as many replicas as an event of ``workers`` has subscribers."""
+    hub, loops = EventHub(name="bench"), loops_of_a_millisecond()
+    several = hub.subscribe("work", work, replicas=replicas)
+
+    def publish(events: int) -> None:
+        hub.publish_batch("work", [loops] * events * replicas)
+
+    def ask() -> list[int]:
+        hub.drain()
+        return [several.statistics().handled // replicas] * replicas
+
+    with hub:
+        yield Side(publish, ask)
+
+
+@contextlib.contextmanager
 def bare(processes: int) -> Iterator[Side]:
     """Open processes that do the work of ``workers`` with no queue: they are told how often, and that is all."""
     with contextlib.ExitStack() as stack:
