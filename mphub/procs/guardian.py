@@ -273,7 +273,7 @@ class Guardian:
     def heard_kill(self, incarnation: int) -> None:
         """Nobody wants any more what a process does: end it, uncharged; what else it had in hand runs again."""
         for child in self.children:
-            if child.incarnation == incarnation and child.ending is None:
+            if child.incarnation == incarnation and child.goes_on:
                 self._end(child, "kill", [(0.0, signal.SIGKILL)])
 
     def _end(self, child: Child, why: str, ladder: list[tuple[float, int]]) -> None:

@@ -12,9 +12,9 @@ import pytest
 
 import mphub
 from mphub import EventHub, Recycle, Restart, Retry, Snapshot, Subscriber
-from mphub.store.board import RECALLED
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
+from tests.procs.test_recycling import is_asked_to_stop
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 PATIENT, AT_ONCE = Retry(max_attempts=1000), Restart(max_restarts=1000, delay=0)
@@ -98,15 +98,12 @@ def test_an_old_one_that_dies_leaves_its_place_at_once(tmp_path: Path) -> None:
                 assert not eventually(gate.exists, 20)
             return os.getpid(), attempt
 
-    def is_asked_to_stop() -> bool:
-        return any(board.read_bytes()[RECALLED] for board in (Path(hub._address.folder) / "boards").iterdir())
-
     hub = EventHub()
     begins, waits = (hub.subscribe(name, Slow, name=name, recycle=Recycle(max_events=1)) for name in ("begins", "waits"))
     with hub:
         first = {sub: sub.request(0).result(10)[0] for sub in (begins, waits)}
         replies = {sub: [sub.request(n) for n in (1, 2)] for sub in (begins, waits)}
-        assert eventually(lambda: len(lines(tmp_path / "begins")) == 2 and is_asked_to_stop())
+        assert eventually(lambda: len(lines(tmp_path / "begins")) == 2 and is_asked_to_stop(hub))
         for sub in (begins, waits):
             os.kill(first[sub], signal.SIGKILL)
         assert eventually(lambda: begins.state == "STARTING")

@@ -12,11 +12,17 @@ import pytest
 
 import mphub
 from mphub import EventHub, Limits, Notice, Recycle, Restart, Snapshot, Stop, Subscriber, Subscription
+from mphub.store.board import RECALLED
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(60)]
 SOON = Stop(ask=0.2, term=0.2)
+
+
+def is_asked_to_stop(hub: EventHub) -> bool:
+    """Say whether a process of a hub is to give back what it has not started."""
+    return any(board.read_bytes()[RECALLED] for board in (Path(hub._address.folder) / "boards").iterdir())
 
 
 def is_alive(pid: int) -> bool:
@@ -241,6 +247,27 @@ def test_the_next_one_is_ended_with_the_rest(tmp_path: Path) -> None:
         hub.stop(drain=False)
         assert time.monotonic() - began < 3
     assert not any(is_alive(pid) for name in subs for pid in pids_of(name))
+
+
+def test_what_the_old_one_still_runs_can_be_killed(tmp_path: Path) -> None:
+    hub = EventHub(check=False)
+
+    class Slow(Subscriber[int, int]):
+        def setup(self) -> None:
+            note(tmp_path / "setups", os.getpid())
+
+        def handle(self, payload: int) -> int:
+            time.sleep(payload)
+            return os.getpid()
+
+    sub = hub.subscribe("k", Slow, recycle=Recycle(max_events=1))
+    with hub:
+        sub.request(0).result(10)
+        endless = sub.request(60)
+        assert eventually(lambda: is_asked_to_stop(hub))
+        endless.kill()
+        assert sub.request(0).result(10) == int(lines(tmp_path / "setups")[1])
+        assert sub.statistics().restarts == 0
 
 
 def test_the_inline_engine_has_no_process_to_replace() -> None:
