@@ -89,7 +89,10 @@ class Delivery:
                 spans = subtract(piece.spans, rest)
                 if spans:
                     piece.spans = rest
-                    self._hold(Held(number, index, count, piece.portion, spans))
+                    self.held.append(Held(number, index, count, piece.portion, spans))
+                    self.holding += length(spans)
+                    if self.window.order is not None:
+                        self.window.order.hold(self, piece.portion, spans)
         for piece in self.window.drop_waiting():
             if piece.spans:
                 self.window.put(piece, self.window.waiting.append)
@@ -159,14 +162,11 @@ class Delivery:
         index, end = taken[0][0], taken[-1][1]
         held = Held(self.number, index, end - index, portion, taken, alone)
         self.number += end - index
-        self._hold(held, laned=laned)
-        return held
-
-    def _hold(self, held: Held, *, laned: bool = False) -> None:
         self.held.append(held)
-        self.holding += length(held.spans)
+        self.holding += length(taken)
         if self.window.order is not None:
-            self.window.order.hold(self, held.portion, held.spans, laned=laned)
+            self.window.order.hold(self, portion, taken, laned=laned)
+        return held
 
     def find(self, number: int) -> tuple[Portion, int] | None:
         """Return the portion and index of a delivery number that is held."""

@@ -484,9 +484,13 @@ class Router:
             stream.send(frames.REPORT_CONFIRM, encode(seat.told))
 
     def _deal(self, seat: Seat, stream: Stream) -> None:
+        delivery, has_rate = seat.delivery, seat.box.quota is not None
         shares = seat.box in self.shared
-        share, now = self._share(seat) if shares else SLOTS, time.time()
-        while share > 0 and len(stream.out) < MAX_AHEAD and (held := seat.take(share, now)) is not None:
+        share = self._share(seat) if shares else SLOTS
+        while share > 0 and len(stream.out) < MAX_AHEAD:
+            held = seat.take(share, time.time()) if has_rate else delivery.take(share)
+            if held is None:
+                break
             share -= length(held.spans)
             self._hand_out(seat, stream, held)
         if shares:
