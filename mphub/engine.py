@@ -23,7 +23,9 @@ from mphub.observe.statistics import HubStatistics, SubscriberStatistics, percen
 from mphub.options import Stop
 from mphub.procs import boot
 from mphub.procs.client import Client
+from mphub.procs.exchange import News
 from mphub.procs.inline import Inline
+from mphub.procs.local import Local
 from mphub.reply import Reply
 from mphub.store.blobs import Blobs
 from mphub.store.journal import Dead
@@ -234,90 +236,108 @@ class ProcessEngine:
         self.console.close(TOLD_WITHIN)
 
 
-class InlineEngine:
-    """The caller's thread."""
+class LocalEngine:
+    """A hub in one process: its books, as its user sees them."""
 
-    def __init__(self, address: Address, max_bytes: int, console: Console, clock: Clock, *, propagate: bool) -> None:
-        self.codec = CODECS[address.codec]
-        self.inline = Inline(address.folder, max_bytes, self.codec, clock, propagate=propagate)
-        self.limiter = Limiter()
-        self.console = console
-        self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = None
+    publish_plain: Callable[[str | Topic[Any], object], EventId] | None = None
+
+    def __init__(self, local: Local, console: Console) -> None:
+        self.local, self.console = local, console
 
     def subscribe(self, specs: Sequence[Spec]) -> None:
-        self.inline.subscribe(specs)
+        self.local.subscribe(specs)
 
     def replace(self, spec: Spec) -> None:
-        try:
-            self.inline.replace(spec)
-        finally:
-            self._tell()
+        self.local.replace(spec)
 
     def unsubscribe(self, name: str, *, drain: bool) -> None:
-        self.inline.unsubscribe(name)
+        self.local.unsubscribe(name, drain=drain)
 
     def restart(self, name: str) -> None:
-        """There is no process to restart, but what could not be set up is tried again."""
-        self.inline.restart(name)
+        self.local.restart(name)
 
     def pause(self, name: str) -> None:
-        self.inline.pause(name)
+        self.local.pause(name)
 
     def resume(self, name: str) -> None:
-        try:
-            self.inline.resume(name)
-        finally:
-            self._tell()
+        self.local.resume(name)
 
     def scale(self, name: str, replicas: int) -> None:
-        """There is one thread, whatever the number."""
+        self.local.scale(name, replicas)
 
     def set_keys(self, name: str, patterns: list[str]) -> None:
-        self.inline.set_keys(name, patterns)
+        self.local.set_keys(name, patterns)
 
     def state_of(self, name: str) -> tuple[str, bytes, str]:
-        box = self.inline.exchange.boxes.get(name)
-        return (box.status if box else "STOPPED", *self.inline.errors.get(name, (b"", "")))
-
-    def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]:
-        return self.state_of(name)
+        return self.local.state_of(name)
 
     def error_of(self, error: bytes, trace: str) -> BaseException | None:
         return load_error(error, trace) if error else None
 
     def publish(self, key: str, payload: object, extra: Extra | None, confirm: bool) -> EventId:
-        try:
-            return self.inline.send(key, self.codec.encode(payload), extra, strict=confirm)
-        finally:
-            self._tell()
+        return self.local.send(key, self.local.codec.encode(payload), extra, strict=confirm)
 
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
-        try:
-            self.inline.send_together(events)
-        finally:
-            self._tell()
+        self.local.send_together(events)
 
     def request(self, key: str, payload: object, target: str, extra: Extra | None) -> Reply[Any]:
-        try:
-            return self.inline.request(key, payload, target, extra)
-        finally:
-            self._tell()
-
-    def listen(self, patterns: list[str], maxsize: int) -> Tap:
-        basin = Basin(maxsize, self.codec.load_any)
-        self.inline.listen(patterns, basin)
-        return Tap(patterns, basin, basin.close)
+        return self.local.request(key, payload, target, extra)
 
     def cancel(self, event_id: int) -> int:
         check_ids([event_id])
-        return self.inline.cancel([event_id])
+        return self.local.cancel([event_id])
+
+    def listen(self, patterns: list[str], maxsize: int) -> Tap:
+        basin = Basin(maxsize, self.local.codec.load_any)
+        self.local.listen(patterns, basin)
+        return Tap(patterns, basin, basin.close)
+
+    def statistics(self) -> HubStatistics:
+        return self.local.look(self._statistics)
+
+    def _statistics(self) -> HubStatistics:
+        exchange = self.local.exchange
+        subscribers = {}
+        for name, box in exchange.boxes.items():
+            figures = {"unfinished": box.unfinished, "percentiles": percentiles(list(box.samples)), **self.local.figures_of(name)}
+            subscribers[name] = statistics_of({**box.counters.public(), **figures})
+        return HubStatistics(exchange.accepted, sum(exchange.unmatched.values()), {}, subscribers)
+
+    def dead_letters(self, name: str | None) -> list[DeadLetter]:
+        letters, blobs = self.local.exchange.letters, self.local.exchange.blobs
+        page, _ = self.local.look(lambda: letters.page(name, 0, limit=1 << 62))
+        return [letter_of(_dead.decode(data), blobs, KEPT_PAYLOADS, self.local.codec) for data in page]
+
+    def redrive(self, name: str | None, ids: Collection[int] | None) -> int:
+        check_ids(ids)
+        return self.local.do(lambda: self.local.exchange.letters.redrive(name, None if ids is None else set(ids)))
+
+    def purge(self, name: str | None, ids: Collection[int] | None) -> int:
+        check_ids(ids)
+        return self.local.look(lambda: self.local.exchange.letters.purge(name, None if ids is None else set(ids)))
+
+    def stop_subscribers(self) -> int:
+        return self.local.stop()
+
+    def close(self) -> None:
+        self.local.end_taps()
+        self.local.exchange.journal.close()
+
+
+class InlineEngine(LocalEngine):
+    """The caller's thread."""
+
+    def __init__(self, address: Address, max_bytes: int, console: Console, clock: Clock, *, propagate: bool) -> None:
+        self.inline = Inline(address.folder, max_bytes, self._tell, CODECS[address.codec], clock, propagate=propagate)
+        self.limiter = Limiter()
+        super().__init__(self.inline, console)
+
+    def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]:
+        return self.state_of(name)
 
     def work_off(self) -> None:
         """Handle what is due by now."""
-        try:
-            self.inline.work_off()
-        finally:
-            self._tell()
+        self.inline.work_off()
 
     def drain(self, timeout: float | None, progress: Watcher) -> None:
         with watching(progress) as tell:
@@ -325,61 +345,19 @@ class InlineEngine:
             self.inline.work_off(patient=True)
             if tell is not None:
                 tell(progress_of(self.statistics(), began))
-        self._tell()
         for name, box in self.inline.exchange.boxes.items():
             if box.unfinished:
                 raise stuck_error(name, box.status)
 
-    def _tell(self) -> None:
+    def _tell(self, news: News) -> None:
         """Tell what the user was not told by an exception."""
-        news, self.inline.exchange.news = self.inline.exchange.news, []
-        for one in news:
-            passes, first, more = True, True, 0
-            if one.kind in ("failure", "dead_letter"):
-                if self.inline.propagate and one.details["id"] != "teardown":
-                    continue
-                passes, first, more = self.limiter.allows((one.kind, one.subscriber), time.monotonic(), one.count)
-            if passes:
-                self.console.notice(one.kind, one.subscriber, one.message, {**one.details, "first": first, "more": more})
-
-    def statistics(self) -> HubStatistics:
-        exchange = self.inline.exchange
-        subscribers = {}
-        for name, box in exchange.boxes.items():
-            counters = box.counters.public()
-            state = {"state": box.status, "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0, "percentiles": percentiles(list(box.samples))}
-            subscribers[name] = statistics_of({**counters, **state, "unfinished": box.unfinished, "running": 0})
-        return HubStatistics(exchange.accepted, sum(exchange.unmatched.values()), {}, subscribers)
-
-    def dead_letters(self, name: str | None) -> list[DeadLetter]:
-        with self.inline.exchange.turn():
-            page, _ = self.inline.exchange.letters.page(name, 0, limit=1 << 62)
-        return [letter_of(_dead.decode(data), self.inline.exchange.blobs, KEPT_PAYLOADS, self.codec) for data in page]
-
-    def redrive(self, name: str | None, ids: Collection[int] | None) -> int:
-        check_ids(ids)
-        with self.inline.exchange.turn():
-            moved = self.inline.exchange.letters.redrive(name, None if ids is None else set(ids))
-        self.inline.work_off()
-        return moved
-
-    def purge(self, name: str | None, ids: Collection[int] | None) -> int:
-        check_ids(ids)
-        with self.inline.exchange.turn():
-            return self.inline.exchange.letters.purge(name, None if ids is None else set(ids))
+        if self.inline.propagate and news.kind in ("failure", "dead_letter") and news.details["id"] != "teardown":
+            return
+        if (notice := news.notice(self.limiter, time.monotonic())) is not None:
+            self.console.notice(**notice)
 
     def check(self) -> None:
         """Nothing can be over but the caller."""
-
-    def stop_subscribers(self) -> int:
-        try:
-            return self.inline.stop()
-        finally:
-            self._tell()
-
-    def close(self) -> None:
-        self.inline.end_taps()
-        self.inline.exchange.journal.close()
 
 
 def statistics_of(counters: dict[str, Any]) -> SubscriberStatistics:

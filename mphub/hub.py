@@ -502,7 +502,8 @@ class EventHub:
             return here(key, payload)
         extra = extra_of(ordering_key, headers, priority, delay, expires, self._now)
         name = check_key(key if type(key) is str else str_of(key))
-        if holder.context is not None and (context := self._surrounding()) is not None:
+        is_apart = self._kind == "process" and self._engine is not None and holder.context is None  # no handler of it runs here
+        if not is_apart and (context := self._surrounding()) is not None:
             return publish_inside(context, name, payload, extra, now=now, confirm=confirm)
         if self._engine is not None and self._is_ours:
             return self._engine.publish(name, payload, extra, confirm)
@@ -806,7 +807,7 @@ class EventHub:
 
     def _must_own_unless_importing(self, what: str) -> None:
         """Refuse likewise, but for a module that a subscriber's process imports: it makes its hub anew, and that is never started."""
-        if not (holder.context is not None and self._engine is None and self._is_ours and is_importing()):
+        if inside() is None or not (self._engine is None and self._is_ours and is_importing()):
             self._must_own(what)
 
     def _must_be_remote(self, what: str) -> None:

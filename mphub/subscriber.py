@@ -61,7 +61,6 @@ class Context(Protocol):
     """What surrounds a running handler."""
 
     name: str
-    thread: int
     folder: str
     """Of the hub whose handler it is."""
     codec: Codec
@@ -75,21 +74,33 @@ class Context(Protocol):
     def current_event(self) -> Event: ...
 
 
+class Resident(Context, Protocol):
+    """The context of a process that runs the handlers of one subscriber alone, in one thread."""
+
+    thread: int
+
+
 class _Holder:
     """The context of this process: a plain attribute, as a contextvar per event nearly halved the rate at fan-out."""
 
     __slots__ = ("context",)
-    context: Context | None
+    context: Resident | None
 
     def __init__(self) -> None:
         self.context = None
 
 
-holder = _Holder()
+class _Own(threading.local):
+    """The context of this thread, in a process that runs handlers of several subscribers (engines inline and thread)."""
+
+    context: Context | None = None
+
+
+holder, own = _Holder(), _Own()
 
 
 def _forget_context() -> None:
-    holder.context = None  # a process that a handler forks is none of ours: publishing there is ordinary publishing
+    holder.context = own.context = None  # a process that a handler forks is none of ours: publishing there is ordinary publishing
 
 
 os.register_at_fork(after_in_child=_forget_context)
@@ -98,7 +109,7 @@ os.register_at_fork(after_in_child=_forget_context)
 def inside() -> Context | None:
     """Return the context if this thread runs a handler of this process."""
     context = holder.context
-    return context if context is not None and context.thread == threading.get_ident() else None
+    return context if context is not None and context.thread == threading.get_ident() else own.context
 
 
 def inside_of(folder: str) -> Context | None:

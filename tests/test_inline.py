@@ -500,6 +500,16 @@ def test_a_state_with_snapshots_survives_a_restart(engine: str) -> None:
         assert total.request(1).result(10) == 1, "a hub in memory begins anew"
 
 
+def test_a_state_has_all_of_what_was_published_together(engine: str, record: Record) -> None:
+    hub = EventHub(engine=engine)
+    hub.subscribe("start", burst)
+    hub.subscribe("k", Total, to="total")
+    hub.subscribe("total", record, name="total")
+    with hub:
+        hub.publish("start", 5)
+    assert record.lines == ["0", "1", "3", "6", "10"]
+
+
 def test_handlers_publish_in_their_own_thread_only(engine: str, record: Record) -> None:
     hub = EventHub(engine=engine)
 
@@ -912,6 +922,30 @@ def test_a_setup_may_publish(record: Record) -> None:
     hub.subscribe("k", Early)
     with hub:
         assert record.lines == ["setup"]
+
+
+BOTH = threading.Barrier(2)
+
+
+def meet(name: str) -> None:
+    BOTH.wait(10)
+    mphub.publish("out", name)
+
+
+def test_hubs_in_several_threads_know_their_own_handlers(record: Record) -> None:
+    def run(name: str) -> None:
+        hub = run_inline()
+        hub.subscribe("k", meet)
+        hub.subscribe("out", lambda text: record(f"{name} {text}"))
+        with hub:
+            hub.publish("k", name)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(record.lines) == ["a a", "b b"]
 
 
 HUB: EventHub | None = None

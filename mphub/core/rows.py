@@ -38,9 +38,10 @@ class Row:
         return join([event for a, b in spans for event in events[a:b]])
 
     def events(self) -> list[bytes]:
-        if self._events is None:
-            self._events = split(self.body)
-        return self._events
+        events = self._events
+        if events is None:  # not asked twice: another thread may replace the body
+            events = self._events = split(self.body)
+        return events
 
     def replace(self, body: bytes) -> None:
         """Follow a row whose finished events have been blanked."""

@@ -1,6 +1,6 @@
 """What the router decides and keeps, without its sockets: rows in, deliveries out, everything in one journal transaction a turn.
 
-The router drives it with streams, the inline engine with plain calls.
+The router drives it with streams, the engines without processes with plain calls.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -23,6 +24,7 @@ from mphub.core.spans import Spans, first_of, indexes, length, spans_of, subtrac
 from mphub.core.table import RoutingTable
 from mphub.core.window import Portion
 from mphub.errors import JournalError
+from mphub.observe.limiter import Limiter
 from mphub.procs.consumer import Consumer
 from mphub.procs.letters import Cause, Letters
 from mphub.procs.mailbox import LASTING, Mailbox, event_id, single_portion
@@ -61,6 +63,15 @@ class News:
     details: dict[str, object]
     count: int = 1
     """How many times it happened; the details are the first's."""
+
+    def notice(self, limiter: Limiter, now: float) -> dict[str, Any] | None:
+        """Return the notice of it, if it may be told: of a kind the first of each subscriber (of each key, if it matched nobody), then one
+        a second.
+        """
+        apart = self.details.get("key") if self.kind == "unmatched" else self.details.get("id") == "teardown"
+        passes, first, more = limiter.allows((self.kind, self.subscriber, apart), now, self.count)
+        details = {**self.details, "first": first, "more": more}
+        return {"kind": self.kind, "subscriber": self.subscriber, "message": self.message, "details": details} if passes else None
 
 
 class Exchange:

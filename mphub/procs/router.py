@@ -731,14 +731,10 @@ class Router:
             self._tell_news()
 
     def _tell_news(self) -> None:
-        """Push what happened: of a kind the first of each subscriber, then one a second."""
         now = time.monotonic()
         for news in self.exchange.news:
-            about = (news.kind, news.subscriber, news.details.get("key") if news.kind == "unmatched" else None)
-            passes, first, more = self.limiter.allows(about, now, news.count)
-            if passes:
-                details = {**news.details, "first": first, "more": more}
-                self._push("news", kind=news.kind, subscriber=news.subscriber, message=news.message, details=details)
+            if (notice := news.notice(self.limiter, now)) is not None:
+                self._push("news", **notice)
         self.exchange.news.clear()
 
     def _push(self, what: str, **args: object) -> None:

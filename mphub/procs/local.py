@@ -1,0 +1,362 @@
+"""What the engines without processes share: an exchange in memory, and posts that run handlers in this process."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TypeVar
+
+from mphub.connection import settle_reply
+from mphub.core.delivery import Held
+from mphub.core.keys import check_target
+from mphub.core.rows import Row, event_of
+from mphub.errors import HubError, NoSubscriber, Reject, RetryLater
+from mphub.events import Event, EventId
+from mphub.procs import handlers
+from mphub.procs.consumer import Consumer
+from mphub.procs.exchange import Exchange, News
+from mphub.procs.mailbox import Mailbox
+from mphub.procs.outputs import Outputs
+from mphub.reply import Reply
+from mphub.store.blobs import Blobs
+from mphub.subscriber import own
+from mphub.tap import Basin
+from mphub.wire import codec as pickles
+from mphub.wire import frames
+from mphub.wire.codec import Parts
+from mphub.wire.frames import Batch, Extra, Failure, ReplyRow, Report, encode, join
+from mphub.wire.payloads import Codec
+from mphub.wire.specs import Spec
+
+T = TypeVar("T")
+NO_FILE = 1 << 62
+"""Bytes from which something would be a file."""
+
+
+class NoBlobs(Blobs):
+    """Events stay in memory, whatever their size."""
+
+    def spill(self, data: bytes | Parts) -> tuple[bytes, str | None]:
+        return bytes(data), None
+
+    def write(self, data: bytes | Parts) -> str:
+        raise HubError("an engine without processes writes no files")
+
+    def of_writer(self, writer: int) -> list[str]:
+        return []
+
+
+class Local(ABC):
+    """A hub in one process: its books, and the replies that its users wait for."""
+
+    def __init__(self, folder: str, exchange: Exchange, tell: Callable[[News], None], codec: Codec) -> None:
+        self.folder, self.exchange, self._tell, self.codec = folder, exchange, tell, codec
+        self.id = random_id()
+        self._numbers, self._sequence = itertools.count(1), 0
+        self._together = self.new_outputs(random_id())
+        """Of transactions: a batch has numbers in a row, whoever publishes beside it."""
+        self._replies: dict[int, Reply[object]] = {}
+
+    # -- life
+
+    @abstractmethod
+    def subscribe(self, specs: Sequence[Spec]) -> None:
+        """Route to some subscribers, and set them up."""
+
+    @abstractmethod
+    def replace(self, spec: Spec) -> None:
+        """Let another handler have what waits."""
+
+    @abstractmethod
+    def unsubscribe(self, name: str, *, drain: bool) -> None: ...
+
+    @abstractmethod
+    def restart(self, name: str) -> None: ...
+
+    @abstractmethod
+    def pause(self, name: str) -> None: ...
+
+    @abstractmethod
+    def resume(self, name: str) -> None: ...
+
+    @abstractmethod
+    def scale(self, name: str, replicas: int) -> None: ...
+
+    @abstractmethod
+    def set_keys(self, name: str, patterns: list[str]) -> None: ...
+
+    @abstractmethod
+    def state_of(self, name: str) -> tuple[str, bytes, str]:
+        """Return (state, exception, traceback), the latter of what could not be set up."""
+
+    @abstractmethod
+    def stop(self) -> int:
+        """End all subscribers; return how many events were given up."""
+
+    @abstractmethod
+    def listen(self, patterns: list[str], basin: Basin) -> None:
+        """Let a tap have what is accepted from now on."""
+
+    def end_taps(self) -> None:
+        """Let their loops end."""
+        for listener in self.exchange.taps.listeners:
+            listener.end()
+
+    # -- the books
+
+    @abstractmethod
+    def look(self, question: Callable[[], T]) -> T:
+        """Answer a question about the books."""
+
+    @abstractmethod
+    def do(self, act: Callable[[], T]) -> T:
+        """Change the books in a turn, and go on with what follows from it."""
+
+    @abstractmethod
+    def send(
+        self, key: str, data: bytes, extra: Extra | None = None, *, target: str | None = None,
+        reply: Reply[object] | None = None, strict: bool = False, epoch: int = 0,
+    ) -> EventId:  # fmt: skip
+        """Publish one event.
+
+        Raises PayloadError, HubClosed, and if it is strict NoSubscriber.
+        """
+
+    @abstractmethod
+    def send_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
+        """Publish events, all or none, before any is handled.
+
+        Raises PayloadError, HubClosed.
+        """
+
+    def request(self, key: str, payload: object, target: str | None, extra: Extra | None) -> Reply[object]:
+        """Ask a subscriber.
+
+        Raises InvalidOption, PayloadError, HubClosed.
+        """
+        check_target(target)
+        reply: Reply[object] = Reply()
+        reply._asked = self
+        self.send(key, self.codec.encode(payload), extra, target=target, reply=reply)
+        return reply
+
+    @abstractmethod
+    def cancel(self, ids: Collection[int]) -> int:
+        """Drop events that have not started; return how many."""
+
+    @abstractmethod
+    def withdraw(self, numbers: list[int], *, kill: bool) -> None:
+        """Drop own requests that have not started, and with ``kill`` do what can be done about those that have."""
+
+    def withdraw_from(self, posts: Iterable[Post], ids: Collection[int]) -> int:
+        """Drop events that have not started, and those that have should they come back; inside a turn."""
+        self.exchange.withdrawals.held_by(posts, ids)
+        return self.exchange.withdrawals.withdraw(ids)
+
+    @abstractmethod
+    def request_inside(self, post: Post, key: str, payload: object, target: str | None, extra: Extra | None) -> Reply[object]:
+        """Ask from a handler."""
+
+    def number_of(self, reply: Reply[object] | None) -> int:
+        """Return the next event's number, by which its reply is known."""
+        number = next(self._numbers)
+        if reply is not None:
+            reply.id = EventId.make(self.id, number)
+            self._replies[number] = reply
+        return number
+
+    def accept(
+        self, number: int, key: str, data: bytes, extra: Extra | None, target: str | None, reply: bool, strict: bool, epoch: int
+    ) -> None:  # fmt: skip
+        """Take in one event as a batch of its own; inside a turn.
+
+        Raises NoSubscriber.
+        """
+        self._sequence += 1
+        batch = Batch(
+            self.id, self._sequence, number, 1, [key], [0], self.exchange.clock(), epoch, target, reply, strict,
+            size=len(data), extras={0: extra} if extra else None,
+        )  # fmt: skip
+        refused = self.exchange.accept(batch, encode(batch), join([data]))
+        if refused is not None:
+            raise NoSubscriber(refused[1])
+
+    def accept_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
+        """Take in several events; inside a turn."""
+        self._together.publish_together(events)
+        self.take_in(self._together)
+
+    def take_in(self, outputs: Outputs) -> None:
+        """Take in what was published beside any event; inside a turn."""
+        outputs.keep(0)
+        for output in outputs.take():
+            self.exchange.take_in(output.batch, encode(output.batch), output.body, self.exchange.epoch)
+
+    def take_replies(self) -> list[frames.Reply]:
+        """Take what has been answered off the books; inside a turn."""
+        replies = self.exchange.letters.replies.pop(self.id, [])
+        self.exchange.letters.taken(self.id, [reply.number for reply in replies])
+        return replies
+
+    def settle(self, replies: list[frames.Reply]) -> None:
+        """Hand replies to who waits for them."""
+        for reply in replies:
+            future = self._replies.pop(reply.number, None)
+            if future is not None and future.set_running_or_notify_cancel():
+                settle_reply(future, reply, self.exchange.blobs, self.codec)
+
+    def tell_news(self) -> None:
+        """Tell what has happened."""
+        news, self.exchange.news = self.exchange.news, []
+        for one in news:
+            self._tell(one)
+
+    # -- posts
+
+    def new_outputs(self, publisher: int) -> Outputs:
+        return Outputs(publisher, self.exchange.blobs, self.exchange.admitted, large=NO_FILE, clock=self.exchange.clock)
+
+    def call(self, post: Post, payload: object) -> object:
+        """Call a handler."""
+        return post.runner.call(payload)
+
+    @abstractmethod
+    def failed(self, row: Row, error: BaseException, *, last: bool) -> None:
+        """Hear what an event raised; ``last``: it is not tried again."""
+
+    def figures_of(self, name: str) -> dict[str, object]:
+        """Return what the statistics add to the counters of the exchange."""
+        return {"state": self.state_of(name)[0], "running": 0, "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0}
+
+
+class Post(Consumer):
+    """A subscriber, or a replica of one, in this process: runs its handler, and is what surrounds that (Context)."""
+
+    def __init__(self, home: Local, box: Mailbox, replica: int = 0) -> None:
+        super().__init__(random_id(), box, replica)
+        self.home, self.name, self.folder = home, box.name, home.folder
+        self.codec, self.clock = home.codec, home.exchange.clock
+        self.outputs = home.new_outputs(self.incarnation)
+        self.frame = self.upto = 0
+        self.failures: list[Failure] = []
+        self.replies: list[ReplyRow] = []
+        self.filtered: list[int] = []
+        self.ran, self.seconds = 0, 0.0
+        """Events run since the last report, and how long they took."""
+        self._current: tuple[Row, int, int, object] | None = None
+
+    # -- life
+
+    def set_up(self, snapshot: bytes = b"") -> None:
+        """Load the handler from its pickle, as every engine does, and let it prepare and take up its last state."""
+        self.work = handlers.loads(self.box.spec.handler)
+        self.runner = handlers.load(self.work, self.name, self.replica)
+        subscriber = self.runner.subscriber
+        if subscriber is not None:
+            self._inside(subscriber.setup)
+            if snapshot:
+                state = pickles.load_any(snapshot)
+                self._inside(lambda: subscriber.restore(state))
+
+    def tear_down(self) -> None:
+        if self.runner.subscriber is not None:
+            self._inside(self.runner.subscriber.teardown)
+
+    def snapshot(self) -> bytes:
+        """Return the state that another post in its place begins with."""
+        if self.box.spec.snapshot is None or self.runner.subscriber is None:
+            return b""
+        return pickles.encode(self.runner.subscriber.snapshot(), "snapshot")
+
+    def _inside(self, call: Callable[[], object]) -> object:
+        """Call something as inside a handler; if it raises, nothing of what it has published is left."""
+        before, own.context = own.context, self
+        try:
+            return call()
+        except BaseException:
+            self.outputs.fresh.clear()
+            raise
+        finally:
+            own.context = before
+
+    # -- an event
+
+    def run(self, held: Held) -> None:
+        """Run one event, and note for the report what came of it."""
+        row, index = held.portion.row, held.index
+        attempt = held.portion.attempts.get(index, 1)
+        started = time.perf_counter()
+        try:
+            self._inside(lambda: self._handle(row, index, attempt, held.number))
+        except BaseException as error:
+            failure = self._failure(held.number, attempt, error)
+            self.failures.append(failure)
+            self.home.failed(row, error, last=not failure.retry or attempt >= self.box.spec.max_attempts)
+        self._current = None
+        self.outputs.keep(row.epoch)
+        self.upto = held.number + held.count
+        self.ran += 1
+        self.seconds += time.perf_counter() - started
+
+    def _handle(self, row: Row, index: int, attempt: int, number: int) -> None:
+        payload = self.codec.loads(row.events()[index])
+        self._current = (row, index, attempt, payload)
+        if self.runner.wants is not None and not self.runner.wants(payload):
+            self.outputs.fresh.clear()
+            self.filtered.append(number)
+            return
+        result = self.home.call(self, payload)
+        if self.work.to is not None and result is not None:
+            self.outputs.publish(self.work.to, self.codec.encode(result, "result"), None)
+        if row.batch.reply:
+            self.replies.append(ReplyRow(row.batch.publisher, row.batch.number + index, "ok", self.codec.encode(result, "result")))
+
+    def _failure(self, number: int, attempt: int, error: BaseException) -> Failure:
+        retry, delay = handlers.retry_after(self.work, error, attempt)
+        reason = {Reject: "rejected", RetryLater: "later"}.get(type(error), "exception")
+        return Failure.here(number, reason, pickles.encode_error(error), pickles.traceback_text(error), retry, delay)
+
+    def report(self, snapshot: bytes | None = None) -> Report:
+        """Return what came of the events since the last report."""
+        self.frame += 1
+        report = Report(
+            self.frame,
+            self.upto,
+            self.ran,
+            self.seconds,
+            self.failures,
+            self.outputs.take(),
+            self.replies,
+            snapshot,
+            filtered=self.filtered,
+        )
+        self.failures, self.replies, self.filtered, self.ran, self.seconds = [], [], [], 0, 0.0
+        return report
+
+    # -- what a handler may ask (Context)
+
+    def publish(self, key: str, payload: object, extra: Extra | None, *, now: bool) -> EventId:
+        data = self.codec.encode(payload)
+        if now:
+            return self.home.send(key, data, extra, epoch=self._current[0].epoch if self._current is not None else 0)
+        return EventId.make(self.incarnation, self.outputs.publish(key, data, extra))
+
+    def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
+        self.outputs.publish_together(events)
+
+    def request(self, key: str, payload: object, target: str | None, extra: Extra | None = None) -> Reply[object]:
+        return self.home.request_inside(self, key, payload, target, extra)
+
+    def current_event(self) -> Event:
+        if self._current is None:
+            raise HubError("mphub.current_event: no event is being handled; it works in handle(payload), not in setup or teardown")
+        row, index, attempt, payload = self._current
+        return event_of(row.batch, index, payload, attempt, self.replica, cancelled=(row.id, index) in self.box.withdrawn)
+
+
+def random_id() -> int:
+    """Draw the id of a publisher or an incarnation."""
+    return int.from_bytes(os.urandom(8), "big")
