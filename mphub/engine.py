@@ -1,4 +1,4 @@
-"""What a hub runs on: its own processes, or the caller's thread. Both answer the same questions."""
+"""What a hub runs on: its own processes, threads of this one, or the caller's thread. All answer the same questions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import TimeoutError as WaitTimeout
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -17,15 +17,14 @@ from mphub.connection import Address, connection_to, drop_connection
 from mphub.errors import DrainTimeout, InvalidOption, RemoteTraceback, SubscriberFatal, SubscriberPaused, load_error
 from mphub.events import DeadLetter, EventId, Progress, Topic
 from mphub.observe.console import Console
-from mphub.observe.limiter import Limiter
 from mphub.observe.progress import Watcher, watching
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics, percentiles
 from mphub.options import Stop
 from mphub.procs import boot
 from mphub.procs.client import Client
-from mphub.procs.exchange import News
 from mphub.procs.inline import Inline
 from mphub.procs.local import Local
+from mphub.procs.threads import Threads
 from mphub.reply import Reply
 from mphub.store.blobs import Blobs
 from mphub.store.journal import Dead
@@ -35,6 +34,7 @@ from mphub.wire.frames import Extra, decoder, split
 from mphub.wire.payloads import CODECS, Codec
 from mphub.wire.specs import Spec
 
+T = TypeVar("T")
 KEPT_PAYLOADS = 16 << 20
 """Bytes of dead letters' payloads that outlive an in-memory hub."""
 SETTLED_WITHIN = 30.0
@@ -167,32 +167,13 @@ class ProcessEngine:
         return tap
 
     def drain(self, timeout: float | None, progress: Watcher) -> None:
-        deadline = None if timeout is None else time.monotonic() + timeout
+        began = time.monotonic()
         self.connection.flush(timeout)
         future = self.client.ask("drain")
-        with watching(progress) as tell:
-            began = time.monotonic()
-            while True:
-                left = 0.1 if tell is not None else 1.0  # a Ctrl-C right before a wait is seen only behind it
-                if deadline is not None:
-                    left = min(left, max(0.0, deadline - time.monotonic()))
-                with contextlib.suppress(WaitTimeout):
-                    result = self.client.wait(future, left)
-                    break
-                if tell is not None:
-                    tell(progress_of(self.statistics(), began))
-                if deadline is not None and time.monotonic() >= deadline:
-                    self._time_is_up(timeout)
-            if tell is not None:
-                tell(progress_of(self.statistics(), began))
+        result = drained(lambda seconds: self.client.wait(future, seconds), began, timeout, progress, self.statistics)
         self.console.flush(TOLD_WITHIN)  # what handlers printed until now
         for name, status in result["statuses"].items():
             raise stuck_error(name, status)
-
-    def _time_is_up(self, timeout: float | None) -> None:
-        pending = {n: s.waiting + s.running for n, s in self.statistics().subscribers.items() if s.waiting + s.running}
-        words = ", ".join(f"{name}: {count}" for name, count in pending.items())
-        raise DrainTimeout(f"not drained within {timeout} s; still to be handled: {words or 'nothing any more'}", pending)
 
     def statistics(self) -> HubStatistics:
         found = self.client.call("statistics")
@@ -241,8 +222,8 @@ class LocalEngine:
 
     publish_plain: Callable[[str | Topic[Any], object], EventId] | None = None
 
-    def __init__(self, local: Local, console: Console) -> None:
-        self.local, self.console = local, console
+    def __init__(self, local: Local) -> None:
+        self.local = local
 
     def subscribe(self, specs: Sequence[Spec]) -> None:
         self.local.subscribe(specs)
@@ -324,13 +305,41 @@ class LocalEngine:
         self.local.exchange.journal.close()
 
 
+class ThreadEngine(LocalEngine):
+    """Threads of the hub's process."""
+
+    def __init__(self, address: Address, max_bytes: int, stop: Stop, console: Console) -> None:
+        self.console = console
+        self.threads = Threads(address, max_bytes, CODECS[address.codec], stop.ask, lambda **notice: console.hear("notice", notice))
+        super().__init__(self.threads)
+
+    def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]:
+        return self.threads.wait_ready(name, timeout)
+
+    def drain(self, timeout: float | None, progress: Watcher) -> None:
+        began = time.monotonic()
+        with self.threads.draining() as wait:
+            stuck = drained(wait, began, timeout, progress, self.statistics)
+        self.console.flush(TOLD_WITHIN)  # what there is to tell of it
+        for name, status in stuck.items():
+            raise stuck_error(name, status)
+
+    def check(self) -> None:
+        """Raise HubFailed or HubClosed if the hub's own thread is over."""
+        self.threads.clerk.check()
+
+    def close(self) -> None:
+        self.threads.close()
+        super().close()
+        self.console.close(TOLD_WITHIN)
+
+
 class InlineEngine(LocalEngine):
     """The caller's thread."""
 
     def __init__(self, address: Address, max_bytes: int, console: Console, clock: Clock, *, propagate: bool) -> None:
-        self.inline = Inline(address.folder, max_bytes, self._tell, CODECS[address.codec], clock, propagate=propagate)
-        self.limiter = Limiter()
-        super().__init__(self.inline, console)
+        self.inline = Inline(address.folder, max_bytes, console.notice, CODECS[address.codec], clock, propagate=propagate)
+        super().__init__(self.inline)
 
     def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]:
         return self.state_of(name)
@@ -349,15 +358,41 @@ class InlineEngine(LocalEngine):
             if box.unfinished:
                 raise stuck_error(name, box.status)
 
-    def _tell(self, news: News) -> None:
-        """Tell what the user was not told by an exception."""
-        if self.inline.propagate and news.kind in ("failure", "dead_letter") and news.details["id"] != "teardown":
-            return
-        if (notice := news.notice(self.limiter, time.monotonic())) is not None:
-            self.console.notice(**notice)
-
     def check(self) -> None:
         """Nothing can be over but the caller."""
+
+
+def drained(
+    wait: Callable[[float], T], began: float, timeout: float | None, progress: Watcher, statistics: Callable[[], HubStatistics]
+) -> T:  # fmt: skip
+    """Wait for the end of a drain (``wait``: at most so many seconds, or TimeoutError), telling how far it is.
+
+    Raises DrainTimeout.
+    """
+    deadline = None if timeout is None else began + timeout
+    with watching(progress) as tell:
+        began = time.monotonic()
+        while True:
+            left = 0.1 if tell is not None else 1.0  # a Ctrl-C right before a wait is seen only behind it
+            if deadline is not None:
+                left = min(left, max(0.0, deadline - time.monotonic()))
+            with contextlib.suppress(WaitTimeout):
+                result = wait(left)
+                break
+            if tell is not None:
+                tell(progress_of(statistics(), began))
+            if deadline is not None and time.monotonic() >= deadline:
+                raise late_drain(timeout, statistics())
+        if tell is not None:
+            tell(progress_of(statistics(), began))
+    return result
+
+
+def late_drain(timeout: float | None, statistics: HubStatistics) -> DrainTimeout:
+    """Say what was not done in time."""
+    pending = {n: s.waiting + s.running for n, s in statistics.subscribers.items() if s.waiting + s.running}
+    words = ", ".join(f"{name}: {count}" for name, count in pending.items())
+    return DrainTimeout(f"not drained within {timeout} s; still to be handled: {words or 'nothing any more'}", pending)
 
 
 def statistics_of(counters: dict[str, Any]) -> SubscriberStatistics:

@@ -23,7 +23,7 @@ import psutil
 from mphub.clock import Clock, SystemClock
 from mphub.connection import Address, connection_to
 from mphub.core.keys import check_key, check_target, nearest
-from mphub.engine import Engine, InlineEngine, ProcessEngine
+from mphub.engine import Engine, InlineEngine, ProcessEngine, ThreadEngine
 from mphub.errors import (
     DeadLettersLeft,
     HubClosed,
@@ -63,7 +63,7 @@ from mphub.registry import Registry
 from mphub.reply import Reply
 from mphub.results import Results, together
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing, publish_inside
-from mphub.subscribing import SubscribeOptions, Where, check_types, make_spec, patterns_of
+from mphub.subscribing import SubscribeOptions, Where, check_types, make_spec, patterns_of, refuse_process_options
 from mphub.subscription import Subscription
 from mphub.tap import Tap, tap_on
 from mphub.wire.codec import encode, shortened
@@ -83,6 +83,7 @@ RUN_AGAIN = 0.05
 """Seconds between looks whether a hub that was stopped runs again."""
 MAX_PATTERNS = 32 << 10
 """Bytes of what a tap listens to."""
+LIVES_HERE = "a hub with engine 'inline' or 'thread' lives in one process: it cannot be sent to another; use engine='process'"
 Names = str | Sequence[str | Topic[Any]]
 """Keys that say nothing of their payloads' type together."""
 
@@ -102,11 +103,11 @@ class EventHub:
 
     No side effect before ``start()`` or ``with``; thread-safe; pickles as a handle to itself that can publish.
 
-    path: a folder for a durable journal (not available yet). name: shown in messages. engine: ``process`` or ``inline``.
+    path: a folder for a durable journal (not available yet). name: shown in messages. engine: ``process``, ``thread`` or ``inline``.
     max_bytes: bound of journal and blobs together, a size or a percentage of the memory that holds them. unmatched: ``warn`` or
     ``ignore`` for events that nobody subscribes to. check: leaving ``with`` raises DeadLettersLeft. propagate: inline publishes raise the
     handler's exception (default there). initializer: called without arguments in each subscriber's process before its handler is loaded;
-    with the inline engine at each start. codec: how payloads and results travel: ``pickle`` (any Python object), ``msgpack``, ``json``
+    with the other engines at each start. codec: how payloads and results travel: ``pickle`` (any Python object), ``msgpack``, ``json``
     or ``raw`` (bytes).
     """
 
@@ -134,14 +135,14 @@ class EventHub:
         )
         refuse_unavailable(retention=(retention, None), notify=(notify or (), ()), dashboard=(dashboard, None))
         check_types(stop=(stop, Stop), check=(check, bool), propagate=(propagate, bool | None))
-        check_choice("EventHub", "engine", engine, ("process", "inline"))
+        check_choice("EventHub", "engine", engine, ("process", "thread", "inline"))
         check_choice("EventHub", "codec", codec, tuple(CODECS))
         if initializer is not None and not callable(initializer):
             raise InvalidOption(f"EventHub(initializer): got {initializer!r:.60}; expected a function without arguments")
         check_choice("EventHub", "unmatched", unmatched, ("warn", "ignore"))
         if propagate and engine != "inline":
             raise InvalidOption(
-                "EventHub(propagate): got True with engine='process'; only the inline engine can raise a handler's exception from publish"
+                f"EventHub(propagate): got True with engine={engine!r}; only the inline engine can raise a handler's exception from publish"
             )
         if name is not None and not is_text(name):
             raise InvalidOption(f"EventHub(name): got {name!r:.80}; expected a str that utf-8 can encode")
@@ -192,7 +193,7 @@ class EventHub:
         return {} if is_new else self.statistics().subscribers
 
     def __reduce__(self) -> tuple[Callable[..., EventHub], tuple[str | Address]]:
-        if self._kind == "inline":
+        if self._kind != "process":
             return _here, (self._address.folder,)
         return _handle, (self._address,)
 
@@ -219,7 +220,7 @@ class EventHub:
             self._here = self._engine.publish_plain
             atexit.register(self._stop_at_exit)
             with self._or_stop():
-                if self._initializer is not None and self._kind == "inline":
+                if self._initializer is not None and self._kind != "process":
                     self._initializer()
                 self._engine.subscribe([subscription._spec for subscription in self._subscriptions.values()])
             self._up.set()
@@ -239,6 +240,8 @@ class EventHub:
     def _make_engine(self) -> Engine:
         if self._kind == "inline":
             return InlineEngine(self._address, self._max_bytes, self._console, self._clock, propagate=self._propagate)
+        if self._kind == "thread":
+            return ThreadEngine(self._address, self._max_bytes, self._stop, self._console)
         return ProcessEngine(self._address, self._max_bytes, self._stop, self._console)
 
     def _wait_all(self, timeout: float | None) -> None:
@@ -428,12 +431,8 @@ class EventHub:
             rate=(rate, Rate | None), recycle=(recycle, Recycle), inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool),
             ordered=(ordered, bool),
         )  # fmt: skip
-        if self._kind == "inline" and limits.timeout is not None and not self._stands_in:
-            raise InvalidOption("limits(timeout): the inline engine runs handlers in your thread and cannot end one; use engine='process'")
-        if self._kind == "inline" and recycle != Recycle() and not self._stands_in:
-            raise InvalidOption("recycle: the inline engine runs handlers in this process, which cannot be replaced; use engine='process'")
-        if self._kind == "inline" and env and not self._stands_in:
-            raise InvalidOption("env: the inline engine runs handlers in this process: set os.environ, or use engine='process'")
+        if self._kind != "process" and not self._stands_in:
+            refuse_process_options(self._kind, limits, recycle, env)
         self._must_own_unless_importing("subscribe")
         inbox = msgspec.structs.replace(inbox, max_bytes=parse_share(inbox.max_bytes, self._capacity, "Inbox(max_bytes)"))
         with self._lock:
@@ -540,7 +539,7 @@ class EventHub:
         context = self._surrounding()
         if context is not None:
             return Transaction(context.publish_together, context.codec)
-        if self._kind == "inline":
+        if self._kind != "process":
             return Transaction(lambda events: self._running("transaction").publish_together(events), CODECS[self._address.codec])
         return self.publisher().transaction()
 
@@ -557,8 +556,8 @@ class EventHub:
 
     def publisher(self) -> Publisher:
         """Return a publisher that can be sent to any process."""
-        if self._kind == "inline":
-            raise HubError("an inline hub has no publishers in other processes: publish in this one, or use engine='process'")
+        if self._kind != "process":
+            raise HubError(f"engine {self._kind!r} has no publishers in other processes: publish in this one, or use engine='process'")
         return Publisher(self._address)
 
     @property
@@ -796,7 +795,7 @@ class EventHub:
     def _must_own(self, what: str) -> None:
         """Refuse what only the hub's own process can do."""
         context = inside()
-        if context is not None and (self._kind == "process" or what in ("start", "stop", "subscribe", "drain")):
+        if context is not None and (self._kind != "inline" or what in ("start", "stop", "subscribe", "drain")):
             raise HubError(
                 f"this is subscriber {context.name!r}: {what}() does not work in a handler; publish, request and current_event do"
             )
@@ -813,6 +812,8 @@ class EventHub:
     def _must_be_remote(self, what: str) -> None:
         if self._is_ours:
             raise self._not_running(what)
+        if self._kind != "process":
+            raise HubError(LIVES_HERE)
 
 
 def next_of(queue: Any) -> Any:
@@ -835,11 +836,11 @@ def _handle(address: Address) -> EventHub:
 
 
 def _here(folder: str) -> EventHub:
-    """Find an inline hub again, for its handlers."""
+    """Find a hub without processes again, for its handlers."""
     for hub in list(_hubs):
         if hub._address.folder == folder and hub._is_ours:
             return hub
-    raise HubError("an inline hub lives in one process: it cannot be sent to another; use engine='process'")
+    raise HubError(LIVES_HERE)
 
 
 def _leave_the_short_way() -> None:

@@ -154,6 +154,20 @@ def share_cores(spec: Spec, processes: int) -> Spec:
     return msgspec.structs.replace(spec, surroundings=msgspec.structs.replace(spec.surroundings, environment=environment))
 
 
+def refuse_process_options(engine: str, limits: Limits, recycle: Recycle, env: Mapping[str, str] | None) -> None:
+    """Refuse what only a process of its own can have.
+
+    Raises InvalidOption.
+    """
+    if limits.timeout is not None:
+        where = "your thread" if engine == "inline" else "threads of this process"
+        raise InvalidOption(f"limits(timeout): the {engine} engine runs handlers in {where} and cannot end one; use engine='process'")
+    if recycle != Recycle():
+        raise InvalidOption(f"recycle: the {engine} engine runs handlers in this process, which cannot be replaced; use engine='process'")
+    if env:
+        raise InvalidOption(f"env: the {engine} engine runs handlers in this process: set os.environ, or use engine='process'")
+
+
 def check_types(**options: tuple[object, type | UnionType]) -> None:
     for field, (value, wanted) in options.items():
         if not isinstance(value, wanted):

@@ -69,9 +69,9 @@ class Traces:
         return "\n".join(f"  {row}" for row in rows)
 
 
-@pytest.fixture(params=["inline", pytest.param("process", marks=pytest.mark.procs)])
+@pytest.fixture(params=["inline", "thread", pytest.param("process", marks=pytest.mark.procs)])
 def engine(request: pytest.FixtureRequest) -> str:
-    """Both engines, side by side."""
+    """All engines, side by side."""
     return str(request.param)
 
 

@@ -1,4 +1,4 @@
-"""What both engines do alike, and what only the inline one does: handlers in the caller's thread."""
+"""What all engines do alike, and what only the inline one does: handlers in the caller's thread."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Record:
 
 
 def quiet(engine: str, *, check: bool = False) -> EventHub:
-    """Return a hub that raises nothing for what its handlers raise, in either engine."""
+    """Return a hub that raises nothing for what its handlers raise, in any engine."""
     return EventHub(engine=engine, check=check, propagate=False)
 
 
@@ -54,7 +54,7 @@ def burst(n: int) -> None:
         mphub.publish("k", i)
 
 
-# -- what both do alike: events
+# -- what all do alike: events
 
 
 def test_each_subscriber_of_a_key_has_all_its_events_in_order(engine: str, record: Record) -> None:
@@ -181,7 +181,7 @@ def test_a_long_cycle_ends_and_needs_no_stack(engine: str) -> None:
         assert hub.drain().subscribers["count_down"].handled == 3001
 
 
-# -- what both do alike: failures
+# -- what all do alike: failures
 
 
 def test_a_retry_without_delay_goes_first(engine: str, record: Record) -> None:
@@ -246,7 +246,7 @@ def test_what_is_given_up_is_a_dead_letter_that_says_why(engine: str) -> None:
     }
     other = letters["other"]
     assert (other.key, other.subscriber, other.exit) == ("k", "give_up", None)
-    assert other.pid is not None and (other.pid == os.getpid()) == (engine == "inline")
+    assert other.pid is not None and (other.pid == os.getpid()) == (engine != "process")
     assert other.rss is not None and other.rss > 1 << 20
     assert "in give_up" in other.traceback
     assert other.error is not None
@@ -343,7 +343,7 @@ def test_leaving_the_block_tells_what_died(engine: str) -> None:
         hub.purge()
 
 
-# -- what both do alike: answers
+# -- what all do alike: answers
 
 
 def test_requests_end_with_the_result_or_the_handlers_own_exception(engine: str) -> None:
@@ -418,7 +418,7 @@ def test_map_keeps_the_order_and_ends_with_the_first_failure(engine: str) -> Non
         assert divide.statistics().accepted < 500, "the rest was not asked"
 
 
-# -- what both do alike: handlers
+# -- what all do alike: handlers
 
 
 async def increase(n: int) -> int:
@@ -535,7 +535,7 @@ def test_handlers_publish_in_their_own_thread_only(engine: str, record: Record) 
             call()
 
 
-# -- what both do alike: life
+# -- what all do alike: life
 
 
 def test_a_hub_that_does_not_run_says_what_to_do(engine: str) -> None:

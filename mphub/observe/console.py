@@ -20,6 +20,7 @@ SEVERITY = {
     "FATAL": "critical",
     "held": "warning",
     "shortage": "error",
+    "abandoned": "error",
     "unmatched": "warning",
     "failure": "warning",
     "dead_letter": "warning",

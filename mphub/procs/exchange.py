@@ -6,10 +6,11 @@ The router drives it with streams, the engines without processes with plain call
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -47,8 +48,11 @@ GRAIN, REST = 0.01, 50
 """Seconds between two looks at what is too late to start: each goes through a whole window; and how often the time that one took."""
 HOT = 1000
 """Events of one ordering key that wait while a replica is idle, from which a notice names the key."""
+EVEN_REST = 20
+"""Times as long as a look at all that waits took until the next one: a twentieth of the time at most."""
 SETTLED = 1 << 62
 """In place of a frame number: the death of that incarnation is settled."""
+T = TypeVar("T")
 _stored, _single, _progress = decoder(Stored), decoder(Single), decoder(Progress)
 _state, _spec = decoder(SubscriberState), decoder(Spec)
 
@@ -818,7 +822,19 @@ class Exchange:
         box.update_full()
         (self.full.add if box.full else self.full.discard)(box)
 
-    def note_hot_key(self, box: Mailbox) -> None:
+    def even_out(self, consumer: Consumer, take: Callable[[], T]) -> T | None:
+        """Let a replica without work take what waits for others alone, but for the keys that they hold events of."""
+        box, now = consumer.box, time.monotonic()
+        if now < box.even_at:
+            return None
+        box.window.gather()
+        found = take()
+        box.even_at = now + EVEN_REST * (time.monotonic() - now)
+        if not consumer.delivery.holding:
+            self._note_hot_key(box)
+        return found
+
+    def _note_hot_key(self, box: Mailbox) -> None:
         """Tell if nearly all that waits is of one ordering key, so that one replica works and others idle."""
         assert box.window.order is not None
         key, count = box.window.order.hottest()

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mphub.core.keys import check_name
-from mphub.errors import InvalidOption, Reject, RetryLater
+from mphub.core.keys import check_name, matches
+from mphub.errors import HubError, InvalidOption, Reject, RetryLater
 from mphub.options import backoff
 from mphub.subscriber import Subscriber
+from mphub.wire.specs import Spec
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,15 @@ def retry_after(work: Work, error: BaseException, attempt: int) -> tuple[bool, f
     if isinstance(error, Reject) or not isinstance(error, work.on):
         return False, 0.0
     return True, backoff(work.delay, work.factor, attempt - 1, work.max_delay)
+
+
+def check_other(spec: Spec, key: str, target: str | None) -> None:
+    """Refuse what a handler asks of its own subscriber.
+
+    Raises HubError.
+    """
+    if target == spec.name or (target is None and spec.answers and any(matches(pattern, key) for pattern in spec.patterns)):
+        raise HubError(f"request({key!r}) in {spec.name!r}, which is the one to answer it, would wait for itself: call the function")
 
 
 def _callable(function: Any) -> Runner:

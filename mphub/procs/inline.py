@@ -25,6 +25,7 @@ from mphub.subscriber import own
 from mphub.tap import Basin
 from mphub.wire import codec as pickles
 from mphub.wire.frames import Extra
+from mphub.wire.open_batch import OpenBatch
 from mphub.wire.payloads import Codec
 from mphub.wire.specs import Spec
 
@@ -35,7 +36,7 @@ class Inline(Local):
     """Runs handlers in the caller's thread, one outermost publish at a time."""
 
     def __init__(
-        self, folder: str, max_bytes: int, tell: Callable[[News], None], codec: Codec, clock: Clock, *, propagate: bool
+        self, folder: str, max_bytes: int, tell: Callable[..., None], codec: Codec, clock: Clock, *, propagate: bool
     ) -> None:  # fmt: skip
         super().__init__(folder, Exchange(MemoryJournal(), NoBlobs("/nonexistent"), max_bytes, clock), tell, codec)
         self.clock, self.propagate = clock, propagate
@@ -138,15 +139,9 @@ class Inline(Local):
         post = self.posts.pop(name, None)
         if post is None:
             return
-        try:
-            post.tear_down()
-        except Exception as error:
-            self.exchange.tell("failure", name, pickles.traceback_text(error), key="", id="teardown", attempt=1, reason="exception")
-        finally:
-            post.runner.close()
-            with self.exchange.turn():
-                self.take_in(post.outputs)
-                self.exchange.forget_incarnation(post.incarnation)
+        trace = post.tear_down()
+        with self.exchange.turn():
+            self.leave(post, trace)
 
     def listen(self, patterns: list[str], basin: Basin) -> None:
         with self._turn():
@@ -176,7 +171,9 @@ class Inline(Local):
         with self._turn():
             number = self.number_of(reply)
             with self.exchange.turn():
-                self.accept(number, key, data, extra, target, reply is not None, strict, epoch)
+                event = OpenBatch(self.id << 40, number, (target, reply is not None, epoch))
+                event.append(key, data, extra)
+                self.accept(event, strict=strict)
             self.work_off(reply)
         return EventId.make(self.id, number)
 
@@ -258,6 +255,9 @@ class Inline(Local):
             self._raise = error
             self.exchange.told = True
         self._interrupt = None if isinstance(error, Exception) else error
+
+    def is_known(self, news: News) -> bool:
+        return self.propagate and news.kind in ("failure", "dead_letter") and news.details["id"] != "teardown"
 
     def call(self, post: Post, payload: object) -> object:
         """Call the handler; beside a running loop a coroutine runs in a thread of its own, as asyncio allows one loop a thread."""

@@ -15,6 +15,7 @@ from mphub.core.keys import check_target
 from mphub.core.rows import Row, event_of
 from mphub.errors import HubError, NoSubscriber, Reject, RetryLater
 from mphub.events import Event, EventId
+from mphub.observe.limiter import Limiter
 from mphub.procs import handlers
 from mphub.procs.consumer import Consumer
 from mphub.procs.exchange import Exchange, News
@@ -28,6 +29,7 @@ from mphub.wire import codec as pickles
 from mphub.wire import frames
 from mphub.wire.codec import Parts
 from mphub.wire.frames import Batch, Extra, Failure, ReplyRow, Report, encode, join
+from mphub.wire.open_batch import OpenBatch
 from mphub.wire.payloads import Codec
 from mphub.wire.specs import Spec
 
@@ -52,8 +54,9 @@ class NoBlobs(Blobs):
 class Local(ABC):
     """A hub in one process: its books, and the replies that its users wait for."""
 
-    def __init__(self, folder: str, exchange: Exchange, tell: Callable[[News], None], codec: Codec) -> None:
-        self.folder, self.exchange, self._tell, self.codec = folder, exchange, tell, codec
+    def __init__(self, folder: str, exchange: Exchange, tell: Callable[..., None], codec: Codec) -> None:
+        self.folder, self.exchange, self.tell, self.codec = folder, exchange, tell, codec
+        self.limiter = Limiter()
         self.id = random_id()
         self._numbers, self._sequence = itertools.count(1), 0
         self._together = self.new_outputs(random_id())
@@ -168,19 +171,18 @@ class Local(ABC):
             self._replies[number] = reply
         return number
 
-    def accept(
-        self, number: int, key: str, data: bytes, extra: Extra | None, target: str | None, reply: bool, strict: bool, epoch: int
-    ) -> None:  # fmt: skip
-        """Take in one event as a batch of its own; inside a turn.
+    def accept(self, events: OpenBatch, *, strict: bool) -> None:
+        """Take in some events; inside a turn.
 
         Raises NoSubscriber.
         """
         self._sequence += 1
+        target, reply, epoch = events.mode
         batch = Batch(
-            self.id, self._sequence, number, 1, [key], [0], self.exchange.clock(), epoch, target, reply, strict,
-            size=len(data), extras={0: extra} if extra else None,
+            self.id, self._sequence, events.first, len(events.events), events.runs[::2], events.runs[1::2], self.exchange.clock(),
+            epoch, target, reply, strict, size=events.size, extras=events.extras or None,
         )  # fmt: skip
-        refused = self.exchange.accept(batch, encode(batch), join([data]))
+        refused = self.exchange.accept(batch, encode(batch), join(events.events))
         if refused is not None:
             raise NoSubscriber(refused[1])
 
@@ -212,12 +214,24 @@ class Local(ABC):
         """Tell what has happened."""
         news, self.exchange.news = self.exchange.news, []
         for one in news:
-            self._tell(one)
+            if not self.is_known(one) and (notice := one.notice(self.limiter, time.monotonic())) is not None:
+                self.tell(**notice)
+
+    def is_known(self, news: News) -> bool:
+        """Say whether its user is told of it in another way."""
+        return False
 
     # -- posts
 
     def new_outputs(self, publisher: int) -> Outputs:
         return Outputs(publisher, self.exchange.blobs, self.exchange.admitted, large=NO_FILE, clock=self.exchange.clock)
+
+    def leave(self, post: Post, trace: str) -> None:
+        """Take over what a post leaves behind, and tell what its teardown raised; inside a turn."""
+        if trace:
+            self.exchange.tell("failure", post.name, trace, key="", id="teardown", attempt=1, reason="exception")
+        self.take_in(post.outputs)
+        self.exchange.forget_incarnation(post.incarnation)
 
     def call(self, post: Post, payload: object) -> object:
         """Call a handler."""
@@ -240,6 +254,7 @@ class Post(Consumer):
         self.home, self.name, self.folder = home, box.name, home.folder
         self.codec, self.clock = home.codec, home.exchange.clock
         self.outputs = home.new_outputs(self.incarnation)
+        self.runner = handlers.Runner(lambda _: None)  # none yet
         self.frame = self.upto = 0
         self.failures: list[Failure] = []
         self.replies: list[ReplyRow] = []
@@ -261,15 +276,22 @@ class Post(Consumer):
                 state = pickles.load_any(snapshot)
                 self._inside(lambda: subscriber.restore(state))
 
-    def tear_down(self) -> None:
-        if self.runner.subscriber is not None:
-            self._inside(self.runner.subscriber.teardown)
+    def tear_down(self) -> str:
+        """Let it clean up; return the traceback of what that raised, which disturbs no other."""
+        try:
+            if self.runner.subscriber is not None:
+                self._inside(self.runner.subscriber.teardown)
+        except Exception as error:
+            return pickles.traceback_text(error)
+        finally:
+            self.runner.close()
+        return ""
 
     def snapshot(self) -> bytes:
         """Return the state that another post in its place begins with."""
         if self.box.spec.snapshot is None or self.runner.subscriber is None:
             return b""
-        return pickles.encode(self.runner.subscriber.snapshot(), "snapshot")
+        return pickles.encode(self._inside(self.runner.subscriber.snapshot), "snapshot")
 
     def _inside(self, call: Callable[[], object]) -> object:
         """Call something as inside a handler; if it raises, nothing of what it has published is left."""
@@ -349,6 +371,11 @@ class Post(Consumer):
 
     def request(self, key: str, payload: object, target: str | None, extra: Extra | None = None) -> Reply[object]:
         return self.home.request_inside(self, key, payload, target, extra)
+
+    def is_at(self, ids: Collection[int]) -> bool:
+        """Say whether it runs one of some events."""
+        current = self._current
+        return current is not None and (current[0].batch.publisher << 40 | current[0].batch.number + current[1]) in ids
 
     def current_event(self) -> Event:
         if self._current is None:

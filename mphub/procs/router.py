@@ -10,6 +10,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,6 @@ CENSUS = 1.0
 """Seconds between two looks whether publishers that are not connected live."""
 SLOW_AFTER = 0.03
 """Seconds without a word from a replica that holds several events, from which it is slower than it seemed."""
-EVEN_REST = 20
-"""Times as long as a look at all that waits took until the next one: a twentieth of the router's time at most."""
 HALF = frames.HEAD.pack(0, frames.DELIVER, 0)
 """The begin of a frame that its sender does not live to write."""
 _batch, _report, _call = decoder(Batch), decoder(Report), decoder(Call)
@@ -478,7 +477,7 @@ class Router:
             self._deal(seat, stream)
             order = seat.box.window.order
             if order is not None and order.lanes and not seat.delivery.holding:
-                self._even_out(seat, stream)
+                self.exchange.even_out(seat, partial(self._deal, seat, stream))
         if seat.unconfirmed > seat.patience:
             seat.unconfirmed = 0
             stream.send(frames.REPORT_CONFIRM, encode(seat.told))
@@ -496,17 +495,6 @@ class Router:
         if shares:
             seat.slow_at = time.monotonic() + SLOW_AFTER if seat.delivery.holding > 1 else math.inf
             self.look_at = min(self.look_at, seat.slow_at)
-
-    def _even_out(self, seat: Seat, stream: Stream) -> None:
-        """Let a replica without work have what waits for others alone, but for the keys that they hold events of."""
-        box, now = seat.box, time.monotonic()
-        if now < box.even_at:
-            return
-        box.window.gather()
-        self._deal(seat, stream)
-        box.even_at = now + EVEN_REST * (time.monotonic() - now)
-        if not seat.delivery.holding:
-            self.exchange.note_hot_key(box)
 
     def _take_from_slow(self, seat: Seat, now: float) -> None:
         """Want back what a replica has not started that is slower than it seemed, if another has nothing to do."""

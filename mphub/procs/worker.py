@@ -16,7 +16,6 @@ from typing import Any, Final
 from mphub import failpoints
 from mphub.connection import Address, connection_to
 from mphub.core.delivery import DONE, FAILED, FILTERED, HANDLED, RUNNING
-from mphub.core.keys import matches
 from mphub.core.rows import event_of
 from mphub.core.spans import spans_of
 from mphub.errors import HubError, Reject, RetryLater
@@ -458,8 +457,7 @@ class Worker:
         self.outputs.publish_together(events)
 
     def request(self, key: str, payload: object, target: str | None, extra: frames.Extra | None = None) -> Reply[object]:
-        if target == self.name or (target is None and self.spec.answers and any(matches(p, key) for p in self.spec.patterns)):
-            raise HubError(f"request({key!r}) in {self.name!r}, which is the one to answer it, would wait for itself: call the function")
+        handlers.check_other(self.spec, key, target)
         return connection_to(self.address).request(key, payload, target, extra)
 
     def current_event(self) -> Event:

@@ -1,4 +1,4 @@
-"""Corners of the public names: what is refused, what is told, what ends; in both engines where both can."""
+"""Corners of the public names: what is refused, what is told, what ends; in all engines where all can."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from mphub import EventHub, Restart, Stop, Subscriber, connection
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
-ENGINES = pytest.mark.parametrize("engine", ["inline", "process"])
 SOON = Stop(ask=0.2, term=0.2)
 
 
@@ -185,7 +184,6 @@ def test_headers_in_a_handler_are_checked(call: str) -> None:
     assert done.stdout == "['InvalidOption']\n", done.stdout + done.stderr[:1000]
 
 
-@ENGINES
 def test_keys_in_a_handler_are_checked(engine: str) -> None:
     hub = EventHub(engine=engine, check=False, propagate=False)
 
@@ -225,7 +223,6 @@ def test_publish_raises_at_once_for_what_is_too_large() -> None:
         hub.stop(drain=False)
 
 
-@ENGINES
 def test_a_teardown_that_fails_is_seen(engine: str, caplog: pytest.LogCaptureFixture) -> None:
     class Late(Subscriber[int, None]):
         def handle(self, payload: int) -> None: ...
@@ -388,7 +385,6 @@ def test_inline_interrupts_leave_a_hub_that_works() -> None:
     assert done.stdout == "KeyboardInterrupt\nSystemExit\n1 2 0 0\n", done.stdout + done.stderr[-800:]
 
 
-@ENGINES
 def test_a_setup_that_fails_fails_the_start(engine: str) -> None:
     class Broken(Subscriber[int, None]):
         def setup(self) -> None:
@@ -404,7 +400,6 @@ def test_a_setup_that_fails_fails_the_start(engine: str) -> None:
     assert "stopped" in repr(hub)
 
 
-@ENGINES
 def test_coroutine_handlers_in_a_program_with_a_loop(engine: str) -> None:
     async def h(n: int) -> int:
         await asyncio.sleep(0)
@@ -421,7 +416,6 @@ def test_coroutine_handlers_in_a_program_with_a_loop(engine: str) -> None:
     assert asyncio.run(program()) == 2
 
 
-@ENGINES
 def test_drain_tells_its_progress(engine: str) -> None:
     hub = EventHub(engine=engine)
     hub.subscribe("k", lambda n: n, name="k")
@@ -432,7 +426,6 @@ def test_drain_tells_its_progress(engine: str) -> None:
     assert (seen[-1].done, seen[-1].total) == (1, 1)
 
 
-@ENGINES
 def test_a_request_in_a_handler_ends(engine: str) -> None:
     done = script(
         f"""
@@ -441,11 +434,11 @@ def test_a_request_in_a_handler_ends(engine: str) -> None:
         m.hub = hub = mphub.EventHub(engine={engine!r}, check=False)
         hub.subscribe("inner", lambda n: 10 * n, name="inner")
         def outer(n):
-            if {engine!r} == "inline":
+            if {engine!r} != "process":
                 import m
                 return m.hub.request("inner", n).result(3)
             return hub.request("inner", n).result(3)
-        if {engine!r} == "inline":
+        if {engine!r} != "process":
             del outer.__globals__["hub"]
         m.hub.subscribe("outer", outer)
         with m.hub as h:
@@ -456,7 +449,6 @@ def test_a_request_in_a_handler_ends(engine: str) -> None:
     assert done.stdout == "10\n", done.stdout + done.stderr[-800:]
 
 
-@ENGINES
 def test_a_teardown_that_fails_ends_nothing_else(engine: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
 
@@ -481,7 +473,6 @@ def test_a_teardown_that_fails_ends_nothing_else(engine: str, tmp_path: Path) ->
     assert hub.statistics().accepted == 1
 
 
-@ENGINES
 def test_final_states_are_stopped(engine: str) -> None:
     hub = EventHub(engine=engine)
     a = hub.subscribe("k", lambda n: n, name="k")
@@ -558,7 +549,6 @@ def test_inline_drain_has_a_timeout() -> None:
     assert time.monotonic() - began >= 3  # by contract: delays are slept
 
 
-@ENGINES
 def test_setup_publishes_to_those_subscribed_later(engine: str) -> None:
     class Early(Subscriber[int, None]):
         def setup(self) -> None:
@@ -578,7 +568,6 @@ def test_setup_publishes_to_those_subscribed_later(engine: str) -> None:
         assert last.statistics().handled == 1
 
 
-@ENGINES
 @pytest.mark.parametrize("way", ["publish", "to"])
 def test_an_output_too_large_fails_its_event(engine: str, way: str) -> None:
     def grow(n: int) -> bytes | None:

@@ -314,7 +314,6 @@ def test_a_refused_payload_leaves_no_file() -> None:
         assert eventually(lambda: not list(blobs.iterdir()), 5)
 
 
-@pytest.mark.parametrize("engine", ["process", "inline"])
 def test_a_transaction_in_a_handler_is_whole_or_not_at_all(engine: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     hub = EventHub(engine=engine, max_bytes="32MB")

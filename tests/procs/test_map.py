@@ -18,9 +18,9 @@ from mphub import EventHub, HandlerCrashed, InvalidOption, NoSubscriber, Progres
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture(params=["process", "inline"])
-def half(request: pytest.FixtureRequest) -> Iterator[Subscription[int, int]]:
-    hub = EventHub(engine=request.param, check=False)
+@pytest.fixture
+def half(engine: str) -> Iterator[Subscription[int, int]]:
+    hub = EventHub(engine=engine, check=False)
     found: Subscription[int, int] = hub.subscribe("half", halve, name="half")
     with hub:
         yield found
@@ -161,7 +161,6 @@ def test_wrong_options_of_a_map_are_named(half: Subscription[int, int], option: 
 # -- gather
 
 
-@pytest.mark.parametrize("engine", ["process", "inline"])
 def test_all_that_answer_are_asked(engine: str) -> None:
     class Silent(Subscriber[int, None]):
         answers = False
