@@ -107,7 +107,7 @@ class Delivery:
         piece = queue[0]
         first = piece.spans[0][0]
         alone = first in piece.portion.attempts
-        if alone and self.held:
+        if (alone and self.held) or self._comes_later(piece):
             return None
         taken = [(first, first + 1)] if alone else self._cut(piece.portion, piece.spans, room)
         return self._hand_over(queue, taken, alone=alone, laned=laned) if taken else None
@@ -118,7 +118,7 @@ class Delivery:
         if lane:
             return self._take(lane, room, laned=True)
         waiting = self.window.waiting
-        while waiting:
+        while waiting and not self._comes_later(waiting[0]):
             piece = waiting[0]
             chosen = order.choose(self, piece, room, is_free=not self.held)
             if not piece.spans:
@@ -128,6 +128,10 @@ class Delivery:
             taken = chosen if alone else self._cut(piece.portion, chosen, room)
             return self._hand_over(waiting, taken, alone=alone) if taken else None
         return None
+
+    def _comes_later(self, piece: Piece) -> bool:
+        """Say whether it is less urgent than what is not in the window yet."""
+        return piece.portion.rank > 0 and self.window.tail is not None
 
     def _room(self) -> int:
         """Return how many events may be handed out now."""

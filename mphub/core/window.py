@@ -65,6 +65,8 @@ class Window:
         self.order: Order | None = None
         """How ordering keys keep theirs, if they do."""
         self.waiting: deque[Piece] = deque()
+        self.tail: int | None = None
+        """The first row behind it, in the journal; until there is none, nothing starts that is less urgent than usual."""
         self.loaded = 0
         self.loaded_bytes = 0
         self.expires = inf

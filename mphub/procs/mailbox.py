@@ -39,8 +39,6 @@ class Mailbox:
     status: str = "STARTING"
     unfinished: int = 0
     bytes: int = 0
-    tail: int | None = None
-    """The first row that is not in the window."""
     full: bool = False
     open: list[int] = field(default_factory=list)
     """Heap of the window's rows."""
@@ -92,6 +90,15 @@ class Mailbox:
         nowhere = Surroundings(b"", [], {})
         self.spec = msgspec.structs.replace(self.spec, patterns=[], handler=b"", handler_blob=None, surroundings=nowhere)
         self.status = "STOPPED"
+
+    @property
+    def tail(self) -> int | None:
+        """The first row that is not in the window."""
+        return self.window.tail
+
+    @tail.setter
+    def tail(self, row: int | None) -> None:
+        self.window.tail = row
 
     @property
     def gone(self) -> bool:

@@ -418,3 +418,14 @@ def test_processes_that_share_a_window_never_hold_the_same_event(steps: list[tup
         held = [i for other in hands for one in other.held for i in indexes(one.spans)]
         waiting = [i for piece in window.waiting for i in indexes(piece.spans)]
         assert sorted(finished + held + waiting) == list(range(40))
+
+
+def test_what_is_less_urgent_does_not_start_while_the_journal_has_more() -> None:
+    window = Window()
+    delivery = Delivery(window, MAX_ATTEMPTS, Credit(10, least=10), 100)
+    row = SimpleNamespace(id=1, count=1, batch=SimpleNamespace(extras=None))
+    window.add(Portion(row, [(0, 1)], 100, rank=1))  # type: ignore[arg-type]
+    window.tail = 2
+    assert delivery.take() is None
+    window.tail = None
+    assert delivery.take() is not None
