@@ -32,16 +32,16 @@ def flush(self):
 Stream.flush = flush
 """
 ACK_BEFORE_THE_HANDLER = """
-from mphub.procs.worker import Worker
+from mphub.procs.one_by_one import OneByOne
 
-handle = Worker._handle
+handle = OneByOne._handle
 
-def ack_first(self, deliver, body):
-    self.upto = deliver.number + deliver.count
-    self._report()
-    handle(self, deliver, body)
+def ack_first(self, parcel):
+    self.worker.upto = parcel.end
+    self.worker.report()
+    handle(self, parcel)
 
-Worker._handle = ack_first
+OneByOne._handle = ack_first
 """
 REDELIVERY_ON_EOF = """
 from mphub.procs.exchange import Exchange
