@@ -217,7 +217,7 @@ class Delivery:
     def _leave(self) -> None:
         """Let what waits for this process alone wait for all again, behind what it gives back itself."""
         if self.window.order is not None:
-            self.window.waiting.extendleft(reversed(self.window.order.give_back(self)))
+            self.window.extend_left(self.window.order.give_back(self))
 
     def give_back(self) -> None:
         """Return held events to the front of the inbox, in order."""
@@ -226,7 +226,7 @@ class Delivery:
         self._leave()
         while self.held:
             held = self.held.pop()
-            self.window.put(Piece(held.portion, held.spans), self.window.waiting.appendleft)
+            self.window.put_back(Piece(held.portion, held.spans))
 
     def died(self, states: Callable[[int, int], bytes], charged: Callable[[int], bool]) -> Verdict:
         """Settle what a dead process held, by its state bytes; the rest goes back to the front in order.
@@ -242,7 +242,7 @@ class Delivery:
         self.generation += 1
         self._leave()
         for piece in reversed(back):
-            self.window.put(piece, self.window.waiting.appendleft)
+            self.window.put_back(piece)
         suspect(verdict)
         return verdict
 

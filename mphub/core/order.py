@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from mphub.core.spans import Spans, indexes, spans_of, subtract
-from mphub.core.window import Piece, Portion
+from mphub.core.window import Piece, Portion, insert
 from mphub.wire.frames import Batch
 
 
@@ -56,7 +56,7 @@ class Order:
                 break
         for place, found in others.values():
             spans = spans_of(found)
-            place.append(Piece(piece.portion, spans))
+            insert(place, Piece(piece.portion, spans))
             piece.spans = subtract(piece.spans, spans)
         return spans_of(mine)
 
@@ -82,7 +82,9 @@ class Order:
     def release(self, portion: Portion, spans: Spans) -> None:
         """Note what a process has finished."""
         for _, key in keys_of(portion.row.batch, spans):
-            bond = self.bonds[key]
+            bond = self.bonds.get(key)
+            if bond is None:  # it was given to the process before the subscriber was ordered
+                continue
             bond.held -= 1
             if not bond.held and not bond.laned:
                 del self.bonds[key]

@@ -34,6 +34,15 @@ class Quota:
             events += self.grants.pop()[1]
         self.grants.append((now, events))
 
+    def give_back(self, events: int) -> None:
+        """Take back what was spent on events that have not started."""
+        self.used -= events
+        while events and self.grants:
+            now, spent = self.grants.pop()
+            if spent > events:
+                self.grants.append((now, spent - events))
+            events = max(0, events - spent)
+
     @property
     def opens_at(self) -> float:
         """When more may start, if nothing may now."""

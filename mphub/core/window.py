@@ -58,6 +58,19 @@ class Piece:
     spans: Spans
 
 
+def insert(queue: deque[Piece], piece: Piece) -> None:
+    """Let events wait behind all that are as urgent."""
+    place, before = piece.portion.place, list[Piece]()
+    if place < NORMAL:
+        while queue and queue[0].portion.place <= place:
+            before.append(queue.popleft())
+        queue.extendleft([piece, *reversed(before)])
+    else:
+        while queue and queue[-1].portion.rank > piece.portion.rank:
+            before.append(queue.pop())
+        queue.extend([piece, *reversed(before)])
+
+
 class Window:
     """The events that wait, in the order in which they start."""
 
@@ -73,12 +86,19 @@ class Window:
         """When the first of them is too late to start: seconds since the epoch."""
 
     def add(self, portion: Portion) -> None:
-        """Append the events of a portion; what is less urgent stays behind it."""
-        behind: list[Piece] = []
-        while self.waiting and self.waiting[-1].portion.rank > portion.rank:
-            behind.append(self.waiting.pop())
-        self.put(Piece(portion, portion.todo), self.waiting.append)
-        self.waiting.extend(reversed(behind))
+        """Let the events of a portion wait behind all that are as urgent."""
+        if portion.rank or (self.waiting and self.waiting[-1].portion.rank > 0):
+            self.put(Piece(portion, portion.todo), lambda piece: insert(self.waiting, piece))
+        else:
+            self.put(Piece(portion, portion.todo), self.waiting.append)
+
+    def put_back(self, piece: Piece) -> None:
+        """Let events wait again, before all that are as urgent."""
+        before: list[Piece] = []
+        while self.waiting and self.waiting[0].portion.place < piece.portion.place:
+            before.append(self.waiting.popleft())
+        self.put(piece, self.waiting.appendleft)
+        self.waiting.extendleft(reversed(before))
 
     def add_early(self, portions: Iterable[Portion]) -> None:
         """Put what is urgent or due before all others: by priority, then in the order of their times."""
@@ -134,12 +154,19 @@ class Window:
     def gather(self) -> None:
         """Let what waits for one process alone wait for all again."""
         if self.order is not None:
-            self.waiting.extendleft(reversed(self.order.empty()))
+            self.extend_left(self.order.empty())
+
+    def extend_left(self, pieces: list[Piece]) -> None:
+        """Let what waited for one process alone, or behind a retry, go before all that is as urgent."""
+        if any(piece.portion.rank for piece in pieces) or (self.waiting and self.waiting[0].portion.place != NORMAL):
+            self.waiting = deque(sorted([*pieces, *self.waiting], key=lambda piece: piece.portion.place))
+        else:
+            self.waiting.extendleft(reversed(pieces))
 
     def resume(self, key: str) -> None:
         """Let what waited behind a retry of its ordering key go before all others."""
         if self.order is not None:
-            self.waiting.extendleft(reversed(self.order.resume(key)))
+            self.extend_left(self.order.resume(key))
 
     def take_oldest(self, count: int) -> Iterator[tuple[Portion, Spans]]:
         """Take up to ``count`` events off the front of the inbox."""
@@ -182,7 +209,7 @@ class Window:
     def again(self, portion: Portion, index: int, attempt: int) -> None:
         """Put one event to the front, to be run alone."""
         portion.attempts[index] = attempt
-        self.put(Piece(portion, [(index, index + 1)]), self.waiting.appendleft)
+        self.put_back(Piece(portion, [(index, index + 1)]))
 
     def taken(self, queue: deque[Piece], spans: Spans) -> None:
         """Take events off the first piece of a queue."""

@@ -508,7 +508,10 @@ class Exchange:
         failed = {f.number: found for f in report.failures if (found := delivery.find(f.number))}
         filtered = {number: found for number in report.filtered if (found := delivery.find(number))}
         # sent again to a new router it is of a generation before its hello, which has given all back already
+        before = box.window.loaded
         finished = delivery.report(report.upto, failed | filtered, returned=report.returned and report.generation >= delivery.generation)
+        if box.quota is not None:
+            box.quota.give_back(box.window.loaded - before)
         for output in report.outputs:
             self.take_in(output.batch, encode(output.batch), output.body, output.batch.epoch or self.epoch)
         for reply in report.replies:
@@ -541,6 +544,8 @@ class Exchange:
         )  # fmt: skip
         if (row.id, index) in box.withdrawn:
             self.drop(box, portion, [(index, index + 1)], CANCELLED)
+        elif failure.retry and box.has_newer(portion, index):
+            self.drop(box, portion, [(index, index + 1)], OVERFLOW)
         elif failure.retry and attempt < box.spec.max_attempts:
             box.counters.retried += 1
             if failure.delay > 0:
@@ -681,6 +686,9 @@ class Exchange:
         while box.delayed and box.delayed[0][0] <= now and len(due) < room:
             _, number, _ = heapq.heappop(box.delayed)
             self.load_single(box, number, due.append)
+        for portion in [portion for portion in due if portion.attempts and box.has_newer(portion, 0)]:
+            due.remove(portion)
+            self.drop(box, portion, [(0, 1)], OVERFLOW)
         for portion in [portion for portion in due if portion.rank and not portion.attempts]:
             due.remove(portion)
             box.wait_by_rank(portion.row.batch, portion.row.id, portion.due)
@@ -700,7 +708,7 @@ class Exchange:
             count, worst = count + 1, max(worst, rank)
         if urgent:
             box.window.add_early(urgent)
-        room = AT_HAND if not box.window.loaded and box.tail is None else 0
+        room = AT_HAND if not box.window.waiting and box.tail is None else 0
         while box.ranked and box.ranked[0][0] > 0 and box.tail is None and (room > 0 or box.window.ends_behind(box.ranked[0][0])):
             self.load_single(box, heapq.heappop(box.ranked)[2], box.window.add)
             room -= 1
@@ -780,11 +788,15 @@ class Exchange:
         last = max((row for _, _, row, _ in ranges), default=0)
         if box.tail is not None and box.tail <= last:
             self.refill(box, last)
-        rows = {row for _, _, row, _ in ranges} if box.ranked else ()
-        for entry in [entry for entry in box.ranked if entry[2] in rows]:
-            box.ranked.remove(entry)
-            self.load_single(box, entry[2], box.window.add)
+        rows = {row for _, _, row, _ in ranges} if box.ranked or box.delayed else ()
+        for ranked in [entry for entry in box.ranked if entry[2] in rows]:
+            box.ranked.remove(ranked)
+            self.load_single(box, ranked[2], box.window.add)
+        for delayed in [entry for entry in box.delayed if entry[1] in rows]:
+            box.delayed.remove(delayed)
+            self.load_single(box, delayed[1], box.window.add)
         heapq.heapify(box.ranked)
+        heapq.heapify(box.delayed)
 
     def forget_publisher(self, publisher: int) -> None:
         """Remove what a dead publisher leaves: its sequence, replies nobody reads, files nobody names."""

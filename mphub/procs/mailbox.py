@@ -206,20 +206,28 @@ class Mailbox:
         """Note the last event of each key; return those before them in earlier rows: row -> indexes."""
         batch, number = portion.row.batch, portion.row.id
         older: dict[int, list[int]] = {}
+        if len(self.newest) > 2 * self.unfinished + WINDOW_EVENTS:
+            self._forget_gone()
         for index in indexes(portion.todo):
             key = batch.key(index)
             row, before = self.newest.get(key, (number, 0))
             if row != number:
                 older.setdefault(row, []).append(before)
             self.newest[key] = (number, index)
-        if len(self.newest) > 2 * self.unfinished + WINDOW_EVENTS:
-            self._forget_gone()
         return older
 
     def newest_of(self, portion: Portion) -> Spans:
         """Return which events of a portion are the last ones of their keys."""
         batch, number = portion.row.batch, portion.row.id
         return spans_of(index for index in indexes(portion.todo) if self.newest[batch.key(index)] == (number, index))
+
+    def has_newer(self, portion: Portion, index: int) -> bool:
+        """Say whether only the newest event of each key is wanted, and there is a newer one than this."""
+        if self.overflow != "latest":
+            return False
+        own = portion.row.id, index
+        newest = self.newest.get(portion.row.batch.key(index), own)
+        return newest[0] > own[0] if portion.row.single else newest != own
 
     def _forget_gone(self) -> None:
         """Forget keys of which nothing waits."""

@@ -71,6 +71,8 @@ class Withdrawals:
         return sum(self._withdraw(box, wanted) for box in self.exchange.boxes.values())
 
     def _withdraw(self, box: Mailbox, wanted: Wanted) -> int:
+        if box.unmet or not self.exchange.informed:
+            return 0  # what looks as if it waited may run
         found = box.window.withdraw(lambda portion: wanted.within(portion.row.batch))
         found += [*self._from_journal(box, wanted), *self._from_singles(box, wanted)]
         for portion, spans in found:
@@ -117,6 +119,8 @@ class Withdrawals:
     def replace(self, box: Mailbox, portion: Portion) -> None:
         """Drop of new events all but the last of each key, and what has waited of these keys."""
         older = box.note_newest(portion)
+        if box.unmet or not self.exchange.informed:
+            older = {}  # what looks as if it waited may run
         earlier = subtract(portion.todo, box.newest_of(portion))
         if earlier:
             self.exchange.drop(box, portion, earlier, OVERFLOW)

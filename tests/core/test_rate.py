@@ -38,3 +38,11 @@ def test_another_begins_where_one_ended_and_a_clock_set_back_does_not_stop_it() 
     assert quota.room(109.0) == 0
     assert quota.room(50.0) == 0 and quota.opens_at == 60.0
     assert quota.room(60.0) == 2
+
+
+def test_what_has_not_started_does_not_count() -> None:
+    quota = Quota(5, 10.0, [])
+    quota.spend(1.0, 2)
+    quota.spend(2.0, 3)
+    quota.give_back(4)
+    assert (quota.room(3.0), quota.grants) == (4, [(1.0, 1)])

@@ -141,3 +141,22 @@ def test_a_new_router_gives_nobody_what_another_replica_still_has(tmp_path: Path
             os.kill(pids[0], signal.SIGCONT)
         hub.drain(30)
     assert Counter(lines(log)) == Counter(f"{n} 1" for n in range(12))
+
+
+def test_what_runs_is_not_cancelled_by_a_router_that_does_not_know_it_yet(tmp_path: Path) -> None:
+    def handle(_: int) -> None:
+        (tmp_path / "runs").touch()
+        assert eventually((tmp_path / "go").exists, 20)
+
+    hub = EventHub()
+    sub = hub.subscribe("k", handle)
+    with hub:
+        reply = sub.request(1)
+        assert eventually((tmp_path / "runs").exists, 20)
+        os.kill(sub.statistics().pids[0], signal.SIGSTOP)  # it cannot greet the next router
+        os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+        assert not hub.cancel(reply.id)
+        os.kill(sub.statistics().pids[0], signal.SIGCONT)
+        (tmp_path / "go").touch()
+        assert reply.result(20) is None
+    assert sub.statistics().handled == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mphub
-from mphub import Dropped, EventHub, Inbox
+from mphub import Dropped, EventHub, Inbox, RetryLater
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
@@ -94,3 +94,32 @@ def test_beyond_its_size_the_oldest_keys_go(engine: str, tmp_path: Path) -> None
         sub.resume()
         assert hub.drain(10).subscribers[sub.name].dropped == {"overflow": 3}
     assert lines(log) == ["k.3 3", "k.4 4", "k.5 5"]
+
+
+@pytest.mark.parametrize("engine", ["thread", "process"])
+def test_a_retry_that_a_newer_event_has_overtaken_is_dropped(engine: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def handle(n: int) -> None:
+        note(log, n)
+        if n == 0:
+            raise RetryLater(0.3)
+
+    hub = EventHub(engine=engine)
+    sub = hub.subscribe("k", handle, inbox=LATEST)
+    with hub:
+        hub.publish("k", 0)
+        assert eventually(lambda: sub.statistics().failed == 1, 20)
+        hub.publish("k", 1)
+        found = hub.drain(10).subscribers[sub.name]
+    assert lines(log) == ["0", "1"]
+    assert (found.accepted, found.handled, found.dropped) == (2, 1, {"overflow": 1})
+
+
+def test_keys_of_which_nothing_waits_are_forgotten() -> None:
+    hub = EventHub(engine="inline")
+    sub = hub.subscribe("k.*", lambda _: None, inbox=LATEST)
+    with hub:
+        for n in range(10_100):
+            hub.publish(f"k.{n}", n)
+        assert sub.statistics().handled == 10_100

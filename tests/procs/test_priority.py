@@ -109,3 +109,30 @@ def test_a_typo_is_refused(engine: str, priority: object) -> None:
     hub.subscribe("k", print)
     with hub, pytest.raises(InvalidOption, match=r"priority: got .*expected an int from -10 to 10"):
         hub.publish("k", 1, priority=priority)  # type: ignore[arg-type]
+
+
+def test_what_is_given_back_stays_behind_what_is_more_urgent(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def handle(n: int) -> None:
+        note(log, n)
+        if n == 1:
+            assert eventually((tmp_path / "go").exists, 20)
+
+    hub = EventHub()
+    sub = hub.subscribe("k", handle)
+    with hub:
+        list(sub.map([0] * 200))  # from here on several are given to it together
+        log.unlink()
+        with hub.transaction() as together:
+            for n in range(1, 4):
+                together.publish("k", n)
+        assert eventually(lambda: lines(log) == ["1"], 20)
+        sub.pause()
+        hub.publish("k", 4, priority=1)
+        hub.flush()
+        (tmp_path / "go").touch()
+        assert eventually(lambda: sub.statistics().running == 0, 20)
+        sub.resume()
+        hub.drain(20)
+    assert lines(log) == ["1", "4", "2", "3"]

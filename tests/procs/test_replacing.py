@@ -115,3 +115,16 @@ def test_lambdas_of_a_prompt_stand_side_by_side(engine: str, monkeypatch: pytest
     hub.subscribe("b", lambda n: n + 1)
     with hub:
         assert [hub.request(key, 1).result(10) for key in "ab"] == [1, 2]
+
+
+def test_what_is_under_way_ends_as_it_began_when_the_next_one_is_ordered(tmp_path: Path) -> None:
+    hub = EventHub()
+    hub.subscribe("k", lambda n: note(tmp_path / "log", n), name="s")
+    told: list[str] = []
+    hub.on_notice(lambda notice: told.append(notice.kind))
+    with hub:
+        hub.publish_batch("k", range(2000))
+        hub.subscribe("k", lambda n: note(tmp_path / "log", n), name="s", ordered=True, replace=True)
+        hub.drain(20)
+    assert lines(tmp_path / "log") == [str(n) for n in range(2000)]
+    assert "death" not in told, "the router's, say"
