@@ -748,6 +748,9 @@ class Exchange:
     def _portion(self, box: Mailbox, number: int, stored: Stored) -> Portion | None:
         if box.number not in stored.matched or number in box.closed:
             return None
+        touched = self._dirty.get(box, {}).get(number)
+        if touched is not None:  # of this turn, and not in the journal yet
+            return touched
         spans = stored.matched[box.number]
         row = self._rows.get(number)
         if row is None:
