@@ -18,7 +18,7 @@ WITHIN = 2.0
 LOOK_EVERY = 0.01
 
 
-def eventually(condition: Callable[[], object], timeout: float = 5.0, interval: float = LOOK_EVERY) -> bool:
+def eventually(condition: Callable[[], object], timeout: float = 15.0, interval: float = LOOK_EVERY) -> bool:
     """Look until the condition is true, at most some seconds; return whether it became true."""
     deadline = time.monotonic() + timeout
     while not condition():
