@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mphub.testing.traces import described, descriptors
 from tests.helpers import eventually
 
 pytest_plugins = ["pytester"]
@@ -40,7 +41,7 @@ class Traces:
     @classmethod
     def now(cls) -> Traces:
         """Look at every process of the machine, and at this process's folders and descriptors."""
-        return cls(frozenset(psutil.pids()), frozenset(_folders()), frozenset(_descriptors()))
+        return cls(frozenset(psutil.pids()), frozenset(_folders()), frozenset(descriptors(os.getpid())))
 
     def since(self, before: Traces) -> Traces:
         """Return what was not there before and is this run's."""
@@ -63,7 +64,7 @@ class Traces:
         return bool(self.pids or self.folders or self.descriptors)
 
     def __str__(self) -> str:
-        rows = [f"process {_describe(pid)}" for pid in sorted(self.pids)]
+        rows = [f"process {described(pid)}" for pid in sorted(self.pids)]
         rows += [f"folder {folder}: {sorted(os.listdir(folder))}" for folder in sorted(self.folders) if folder.exists()]
         rows += [f"descriptor {number}: {target}" for number, target in sorted(self.descriptors)]
         return "\n".join(f"  {row}" for row in rows)
@@ -124,19 +125,3 @@ def _is_anothers(folder: Path) -> bool:
 def _folders() -> Iterator[Path]:
     for parent in {Path("/dev/shm"), Path(tempfile.gettempdir())}:
         yield from (folder for folder in parent.glob(f"mphub-{os.getuid()}-*") if not _is_anothers(folder))
-
-
-def _descriptors() -> Iterator[tuple[int, str]]:
-    for name in os.listdir("/dev/fd"):
-        try:
-            yield int(name), os.readlink(f"/dev/fd/{name}")
-        except OSError:  # the one that listed the others
-            continue
-
-
-def _describe(pid: int) -> str:
-    try:
-        process = psutil.Process(pid)
-        return f"{pid} ({process.status()}, parent {process.ppid()}): {' '.join(process.cmdline())[:200]}"
-    except psutil.Error as error:
-        return f"{pid}: {error}"

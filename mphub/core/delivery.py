@@ -10,13 +10,13 @@ from mphub.core.credit import Credit
 from mphub.core.order import Order
 from mphub.core.spans import Spans, contains, indexes, length, spans_of, subtract
 from mphub.core.window import Piece, Portion, Window, expiring
+from mphub.options import MOST
 
 WAITING, RUNNING, HANDLED, DONE, FAILED, FILTERED = range(6)
 """State bytes: not started; runs; returned, outputs not committed; returned, nothing to commit; raised, report on its way; not wanted."""
 
 Range = tuple[int, int, int, int]
 """What was handed out together: (first delivery number, count, row, index of the first event)."""
-MAX_EVENTS = 1 << 62
 MAX_HELD = 1000
 """Ranges that one process holds; a board remembers 1024."""
 
@@ -97,7 +97,7 @@ class Delivery:
             if piece.spans:
                 self.window.put(piece, self.window.waiting.append)
 
-    def take(self, most: int = MAX_EVENTS) -> Held | None:
+    def take(self, most: int = MOST) -> Held | None:
         """Move the next events, as far as credit goes and at most so many, from waiting to held."""
         if not self.window.loaded or (room := min(self._room(), most)) <= 0:
             return None

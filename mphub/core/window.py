@@ -199,13 +199,6 @@ class Window:
             self.waiting = deque(piece for piece in self.waiting if piece.spans)
         return found
 
-    def prune(self) -> None:
-        """Let waiting events go that have ended meanwhile."""
-        for piece in self.drop_waiting():
-            spans = subtract(piece.spans, subtract(piece.spans, piece.portion.todo))
-            if spans:
-                self.put(Piece(piece.portion, spans), self.waiting.append)
-
     def again(self, portion: Portion, index: int, attempt: int) -> None:
         """Put one event to the front, to be run alone."""
         portion.attempts[index] = attempt

@@ -263,11 +263,9 @@ class Exchange:
             self._fail_requests(box)
 
     def _fail_requests(self, box: Mailbox) -> None:
-        box.window.gather()
-        for piece in list(box.window.waiting):
-            if piece.portion.row.batch.reply:
-                self._fail_request(box, piece.portion, piece.spans)
-        box.window.prune()
+        """End all requests: who asks does not wait for what nobody will start."""
+        for portion, spans in self.withdrawals.requests_of(box):
+            self._fail_request(box, portion, spans)
 
     def _fail_request(self, box: Mailbox, portion: Portion, spans: Spans) -> None:
         self._answer_all(portion.row, spans, "fatal", encode((box.name, box.status)))

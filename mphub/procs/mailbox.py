@@ -231,6 +231,7 @@ class Mailbox:
 
     def _forget_gone(self) -> None:
         """Forget keys of which nothing waits."""
+        self.window.gather()
         waiting = {(piece.portion.row.id, index) for piece in self.window.waiting for index in indexes(piece.spans)}
         tail = inf if self.tail is None else self.tail
         self.newest = {key: place for key, place in self.newest.items() if place in waiting or place[0] >= tail}

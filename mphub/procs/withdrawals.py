@@ -13,8 +13,9 @@ from mphub.core.order import ordering_key
 from mphub.core.spans import Spans, contains, length, spans_of, subtract
 from mphub.core.window import Portion
 from mphub.procs.consumer import Consumer
-from mphub.procs.mailbox import Mailbox
-from mphub.wire.frames import Batch
+from mphub.procs.mailbox import Mailbox, event_id
+from mphub.store.journal import Single, Stored
+from mphub.wire.frames import Batch, decoder
 
 if TYPE_CHECKING:
     from mphub.procs.exchange import Exchange
@@ -38,7 +39,7 @@ class StoredHead(msgspec.Struct, array_like=True, frozen=True, gc=False):
     batch: Head
 
 
-_head = msgspec.msgpack.Decoder(StoredHead)
+_head, _stored, _single = decoder(StoredHead), decoder(Stored), decoder(Single)
 
 
 class Wanted:
@@ -73,11 +74,15 @@ class Withdrawals:
     def _withdraw(self, box: Mailbox, wanted: Wanted) -> int:
         if box.unmet or not self.exchange.informed:
             return 0  # what looks as if it waited may run
-        found = box.window.withdraw(lambda portion: wanted.within(portion.row.batch))
-        found += [*self._from_journal(box, wanted), *self._from_singles(box, wanted)]
+        found = self._take(box, wanted)
         for portion, spans in found:
             self.exchange.drop(box, portion, spans, CANCELLED)
         return sum(length(spans) for _, spans in found)
+
+    def _take(self, box: Mailbox, wanted: Wanted) -> list[tuple[Portion, Spans]]:
+        """Take events out of wherever they wait."""
+        found = box.window.withdraw(lambda portion: wanted.within(portion.row.batch))
+        return [*found, *self._from_journal(box, wanted), *self._from_singles(box, wanted)]
 
     def _from_journal(self, box: Mailbox, wanted: Wanted) -> Iterator[tuple[Portion, Spans]]:
         """Find them behind the window."""
@@ -115,6 +120,18 @@ class Withdrawals:
             if portion.attempts:
                 box.window.resume(ordering_key(portion.row.batch, 0))
             yield portion, [(0, 1)]
+
+    def requests_of(self, box: Mailbox) -> list[tuple[Portion, Spans]]:
+        """Take out all requests."""
+        journal, number = self.exchange.journal, box.number.to_bytes(4, "big")
+        box.window.gather()
+        batches = [piece.portion.row.batch for piece in box.window.waiting]
+        following = (box.number + 1).to_bytes(4, "big")
+        batches += [_single.decode(value).batch for _, value in journal.scan("singles", number, following)]
+        if box.tail is not None:
+            batches += [_stored.decode(value).batch for _, value in journal.scan("rows", box.tail.to_bytes(8, "big"))]
+        ids = (event_id(batch) + index for batch in batches if batch.reply for index in range(batch.count))
+        return self._take(box, Wanted(ids))
 
     def replace(self, box: Mailbox, portion: Portion) -> None:
         """Drop of new events all but the last of each key, and what has waited of these keys."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from mphub.core.credit import Credit
 from mphub.core.delivery import DONE, FAILED, HANDLED, RUNNING, WAITING, Delivery, Range, Verdict, parts_within
@@ -305,11 +305,6 @@ class Subscriber(RuleBasedStateMachine):
         delivery.claim([part for each in process.ranges for part in parts_within(each, spans)])
         process.confirmed(self.committed[0])
         process.outbox = list(process.unconfirmed)
-
-    @precondition(lambda self: self.delivery.window.waiting)
-    @rule()
-    def prune(self) -> None:
-        self.delivery.window.prune()
 
     # -- what always holds
 

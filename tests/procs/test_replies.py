@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import mphub
-from mphub import EventHub, Reply, Stop
+from mphub import EventHub, Inbox, Reply, Restart, RetryLater, Stop, SubscriberFatal
 from tests.helpers import eventually
 
 pytestmark = pytest.mark.timeout(60)
@@ -283,3 +283,29 @@ def test_a_full_batch_goes_out_though_its_filler_was_interrupted(hub: EventHub) 
         os.kill(router, signal.SIGCONT)
     timer.join()
     assert eventually(lambda: hub.statistics().accepted >= 20 + published, 5)
+
+
+def test_requests_of_one_that_is_given_up_end_wherever_they_wait() -> None:
+    """In memory, in the journal alone, or for the time of a retry; what nobody waits for stays, for ``restart``."""
+
+    def handle(n: int) -> None:
+        if n == -1:
+            raise RetryLater(60)
+        os._exit(3)
+
+    hub = EventHub(check=False)
+    sub = hub.subscribe("k", handle, restart=Restart(max_restarts=0), inbox=Inbox(maxsize=100_000))
+    with hub:
+        retried = sub.request(-1)
+        assert eventually(lambda: sub.statistics().failed == 1, 20)
+        sub.pause()
+        hub.publish("k", 0)
+        replies = [sub.request(n) for n in range(11_000)]
+        hub.flush()
+        sub.resume()
+        for reply in (retried, replies[0], replies[-1]):
+            with pytest.raises(SubscriberFatal):
+                reply.result(20)
+        assert all(reply.done() for reply in replies)
+        assert sub.statistics().waiting == 1
+        hub.stop(drain=False)
