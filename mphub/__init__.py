@@ -2,6 +2,7 @@
 
 from mphub.errors import (
     AmbiguousKey,
+    BatchFailed,
     DeadLettersLeft,
     DrainTimeout,
     Dropped,
@@ -33,11 +34,11 @@ from mphub.events import DeadLetter, Event, EventId, Notice, Progress, Topic
 from mphub.executor import HubExecutor
 from mphub.hub import EventHub
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics
-from mphub.options import Inbox, Limits, Rate, Recycle, Restart, Retry, Snapshot, Stop
+from mphub.options import Batch, Inbox, Limits, Rate, Recycle, Restart, Retry, Snapshot, Stop
 from mphub.publisher import HubQueue, Publisher, Transaction
 from mphub.reply import Reply
 from mphub.results import Results
-from mphub.subscriber import Subscriber, current_event, publish
+from mphub.subscriber import Subscriber, current_event, current_events, publish
 from mphub.subscription import Subscription
 from mphub.tap import Tap
 
@@ -45,6 +46,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AmbiguousKey",
+    "Batch",
+    "BatchFailed",
     "DeadLetter",
     "DeadLettersLeft",
     "DrainTimeout",
@@ -98,5 +101,6 @@ __all__ = [
     "UsageError",
     "WorkError",
     "current_event",
+    "current_events",
     "publish",
 ]

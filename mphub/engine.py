@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import TimeoutError as WaitTimeout
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -343,6 +344,16 @@ class InlineEngine(LocalEngine):
 
     def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]:
         return self.state_of(name)
+
+    def publish_batch(self, publish: Callable[[T], object], payloads: Iterable[T]) -> int:
+        """Publish payloads; as many are taken in before any of them is handled as the largest batch of a subscriber has events."""
+        count, rest = 0, iter(payloads)
+        while chunk := list(islice(rest, self.inline.largest_batch)):
+            with self.inline.gathering():
+                for payload in chunk:
+                    publish(payload)
+            count += len(chunk)
+        return count
 
     def work_off(self) -> None:
         """Handle what is due by now."""

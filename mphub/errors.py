@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf
+from operator import index
 
 
 class MphubError(Exception):
@@ -190,6 +191,33 @@ class RetryLater(Exception):
             raise InvalidOption(f"RetryLater(seconds): got {seconds!r}; expected a number of at least 0")
         super().__init__(seconds)
         self.seconds = seconds
+
+
+class BatchFailed(Exception):
+    """Raise in a handler of batches: these events failed, ``{place in the batch: exception}``; the others succeeded.
+
+    ``results``: one for each payload, as the handler would have returned; those of the events that failed do not count.
+    Raises InvalidOption.
+    """
+
+    def __init__(self, errors: Mapping[int, BaseException], results: Sequence[object] | None = None) -> None:
+        if not isinstance(errors, Mapping) or not all(_is_place(i) and isinstance(e, BaseException) for i, e in errors.items()):
+            raise InvalidOption(
+                f"BatchFailed(errors): got {errors!r:.80}; expected a dict of places in the batch, from 0 on, to exceptions"
+            )
+        super().__init__(dict(errors), results)
+        self.errors = {index(place): error for place, error in errors.items()}
+        self.results = results
+
+    def __str__(self) -> str:
+        if not self.errors:
+            return "no event of the batch failed"
+        place, error = next(iter(self.errors.items()))
+        return f"{len(self.errors)} events of the batch failed, first the one at {place}: {error!r}"
+
+
+def _is_place(value: object) -> bool:
+    return not isinstance(value, bool) and hasattr(value, "__index__") and index(value) >= 0
 
 
 def load_error(data: bytes, remote: str = "") -> BaseException:

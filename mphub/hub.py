@@ -42,6 +42,7 @@ from mphub.observe.console import Console, farewell, log
 from mphub.observe.progress import Watcher, check_progress
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics
 from mphub.options import (
+    Batch,
     Inbox,
     Limits,
     Rate,
@@ -63,7 +64,16 @@ from mphub.registry import Registry
 from mphub.reply import Reply
 from mphub.results import Results, together
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing, publish_inside
-from mphub.subscribing import SubscribeOptions, Where, check_types, make_spec, patterns_of, refuse_process_options
+from mphub.subscribing import (
+    CommonOptions,
+    PlainOptions,
+    SubscribeOptions,
+    Where,
+    check_types,
+    make_spec,
+    patterns_of,
+    refuse_process_options,
+)
 from mphub.subscription import Subscription
 from mphub.tap import Tap, tap_on
 from mphub.wire.codec import encode, shortened
@@ -84,6 +94,8 @@ RUN_AGAIN = 0.05
 MAX_PATTERNS = 32 << 10
 """Bytes of what a tap listens to."""
 LIVES_HERE = "a hub with engine 'inline' or 'thread' lives in one process: it cannot be sent to another; use engine='process'"
+Answers = Collection[R] | None
+"""What a function returns for a batch: one result for each payload, in an array if it likes."""
 Names = str | Sequence[str | Topic[Any]]
 """Keys that say nothing of their payloads' type together."""
 
@@ -377,23 +389,41 @@ class EventHub:
     def subscribe(self, keys: Topic[T], handler: SubscriberLike[T, R], **options: Unpack[SubscribeOptions]) -> Subscription[T, R]: ...
     @overload
     def subscribe(
-        self, keys: Topic[T], handler: Callable[[T], Coroutine[Any, Any, R]], **options: Unpack[SubscribeOptions]
+        self, keys: Topic[T], handler: Callable[[list[T]], Coroutine[Any, Any, Answers[R]]], *, batch: Batch,
+        **options: Unpack[CommonOptions],
+    ) -> Subscription[T, R]: ...  # fmt: skip
+    @overload
+    def subscribe(
+        self, keys: Topic[T], handler: Callable[[list[T]], Answers[R]], *, batch: Batch, **options: Unpack[CommonOptions]
     ) -> Subscription[T, R]: ...
     @overload
-    def subscribe(self, keys: Topic[T], handler: Callable[[T], R], **options: Unpack[SubscribeOptions]) -> Subscription[T, R]: ...
+    def subscribe(
+        self, keys: Topic[T], handler: Callable[[T], Coroutine[Any, Any, R]], **options: Unpack[PlainOptions]
+    ) -> Subscription[T, R]: ...
+    @overload
+    def subscribe(self, keys: Topic[T], handler: Callable[[T], R], **options: Unpack[PlainOptions]) -> Subscription[T, R]: ...
     @overload
     def subscribe(self, keys: Names, handler: SubscriberLike[T, R], **options: Unpack[SubscribeOptions]) -> Subscription[T, R]: ...
     @overload
     def subscribe(
-        self, keys: Names, handler: Callable[[T], Coroutine[Any, Any, R]], **options: Unpack[SubscribeOptions]
+        self, keys: Names, handler: Callable[[list[T]], Coroutine[Any, Any, Answers[R]]], *, batch: Batch,
+        **options: Unpack[CommonOptions],
+    ) -> Subscription[T, R]: ...  # fmt: skip
+    @overload
+    def subscribe(
+        self, keys: Names, handler: Callable[[list[T]], Answers[R]], *, batch: Batch, **options: Unpack[CommonOptions]
     ) -> Subscription[T, R]: ...
     @overload
-    def subscribe(self, keys: Names, handler: Callable[[T], R], **options: Unpack[SubscribeOptions]) -> Subscription[T, R]: ...
+    def subscribe(
+        self, keys: Names, handler: Callable[[T], Coroutine[Any, Any, R]], **options: Unpack[PlainOptions]
+    ) -> Subscription[T, R]: ...
+    @overload
+    def subscribe(self, keys: Names, handler: Callable[[T], R], **options: Unpack[PlainOptions]) -> Subscription[T, R]: ...
     @overload
     def subscribe(self, keys: Names | Topic[Any], handler: str, **options: Unpack[SubscribeOptions]) -> Subscription[Any, Any]: ...
     @overload  # for mypy alone, which makes list[Never] of a lambda's list of its payload otherwise
     def subscribe(  # type: ignore[overload-cannot-match]
-        self, keys: Names, handler: Callable[[Any], R], **options: Unpack[SubscribeOptions]
+        self, keys: Names, handler: Callable[[Any], R], **options: Unpack[PlainOptions]
     ) -> Subscription[Any, R]: ...
     def subscribe(
         self,
@@ -411,7 +441,7 @@ class EventHub:
         ordered: bool = False,
         concurrency: int = 1,
         process: str | None = None,
-        batch: None = None,
+        batch: Batch | None = None,
         where: Where = None,
         rate: Rate | None = None,
         recycle: Recycle = Recycle(),  # noqa: B008
@@ -425,21 +455,20 @@ class EventHub:
         Raises InvalidKey, InvalidOption, PayloadError (the handler cannot be pickled), NameTaken.
         """
         refuse_unavailable(concurrency=(concurrency, 1), process=(process, None))
-        refuse_unavailable(batch=(batch, None))
         refuse_unavailable(start=(start, "new"))
         check_types(
             rate=(rate, Rate | None), recycle=(recycle, Recycle), inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool),
-            ordered=(ordered, bool),
+            ordered=(ordered, bool), batch=(batch, Batch | None),
         )  # fmt: skip
         if self._kind != "process" and not self._stands_in:
             refuse_process_options(self._kind, limits, recycle, env)
         self._must_own_unless_importing("subscribe")
         inbox = msgspec.structs.replace(inbox, max_bytes=parse_share(inbox.max_bytes, self._capacity, "Inbox(max_bytes)"))
         with self._lock:
-            free = self._subscriptions.free_name(handler, name, replace=replace or is_interactive())
+            free = self._subscriptions.free_name(handler, name, replace=replace or is_interactive(), batched=batch is not None)
             spec = make_spec(
                 keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where,
-                ordered, rate, recycle,
+                ordered, rate, recycle, batch,
             )  # fmt: skip
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             self._refuse_leaving(spec.name)
@@ -460,7 +489,8 @@ class EventHub:
         """Subscribe the decorated function or class, which stays what it is."""
 
         def decorate(handler: F) -> F:
-            self.subscribe(keys, handler, **options)
+            subscribe: Callable[..., object] = self.subscribe  # a function is called with what its own types say
+            subscribe(keys, handler, **options)
             return handler
 
         return decorate
@@ -517,6 +547,8 @@ class EventHub:
     def publish_batch(self, key: str | Topic[T], payloads: Iterable[T]) -> int:
         """Publish the payloads of an iterable one after the other, with bounded memory; return how many."""
         publish = self._here if self._here is not None and holder.context is None else self.publish
+        if isinstance(self._engine, InlineEngine) and holder.context is None:
+            return self._engine.publish_batch(functools.partial(publish, key), payloads)
         count = 0
         for payload in payloads:
             publish(key, payload)

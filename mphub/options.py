@@ -13,6 +13,8 @@ from mphub.errors import InvalidOption
 
 MOST = 2**63 - 1
 """What any header can carry."""
+MOST_TOGETHER = 8192
+"""Events that one process holds for a handler at most."""
 _UNITS = {
     "": 1,
     "B": 1,
@@ -255,3 +257,16 @@ class Snapshot(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         check_number("Snapshot", "every", self.every, 1, whole=True)
         check_number("Snapshot", "period", self.period, 0)
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """How many events a handler gets with one call: ``size``, or those that have come ``wait`` seconds after the first of them."""
+
+    size: int = 100
+    wait: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_number("Batch", "size", self.size, 1, whole=True)
+        if self.size > MOST_TOGETHER:
+            raise InvalidOption(f"Batch(size): got {self.size!r}; expected an int from 1 to {MOST_TOGETHER}")
+        check_number("Batch", "wait", self.wait, 0)

@@ -19,7 +19,7 @@ class Registry(dict[str, Subscription[Any, Any]]):
         self._answering: dict[str, str] = {}
         """key -> who answers it, of those that were asked for."""
 
-    def free_name(self, handler: Handler, name: str | None, *, replace: bool = False) -> str:
+    def free_name(self, handler: Handler, name: str | None, *, replace: bool = False, batched: bool = False) -> str:
         """Return the name asked for, or one after the handler; the same handler once more gets a number, unless it is to be replaced.
 
         Raises InvalidOption, NameTaken.
@@ -28,7 +28,7 @@ class Registry(dict[str, Subscription[Any, Any]]):
             if name in self and not replace:
                 raise NameTaken(f"name: {name!r} is subscribed already: choose another, pass replace=True, or unsubscribe that one first")
             return name
-        handlers.check_handler(handler)
+        handlers.check_handler(handler, batched=batched)
         base = handlers.default_name(handler)
         taken = self.get(base)
         if taken is None:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
 from mphub.core.keys import check_key
@@ -25,9 +25,9 @@ R = TypeVar("R")
 class Subscriber(Generic[T, R]):
     """A handler with a life: everything of it runs in the subscriber's process.
 
-    ``setup`` runs first, then ``restore`` with the last snapshot if there is one, then ``handle`` for each payload; ``teardown`` runs at a
-    stop, never after a death. ``setup`` and ``teardown`` may publish. A class that defines ``snapshot`` has its state committed in the
-    transaction that acks the events it contains.
+    ``setup`` runs first, then ``restore`` with the last snapshot if there is one, then ``handle`` for each payload, or with ``batch=``
+    ``handle_batch`` for several at once; ``teardown`` runs at a stop, never after a death. ``setup`` and ``teardown`` may publish. A class
+    that defines ``snapshot`` has its state committed in the transaction that acks the events it contains.
     """
 
     answers: bool = True
@@ -45,6 +45,10 @@ class Subscriber(Generic[T, R]):
     def handle(self, payload: T) -> R | Coroutine[Any, Any, R]:
         """Handle one payload; the result answers a request and is published under ``to``."""
         raise NotImplementedError(f"{type(self).__name__} must define handle(self, payload)")
+
+    def handle_batch(self, payloads: list[T]) -> Collection[R] | Coroutine[Any, Any, Collection[R] | None] | None:
+        """Handle the payloads of a batch; return one result for each, or None if nobody has asked."""
+        raise NotImplementedError(f"{type(self).__name__} must define handle_batch(self, payloads)")
 
     def teardown(self) -> None:
         """Clean up at a stop; it has ``Stop.ask`` seconds."""
@@ -71,7 +75,7 @@ class Context(Protocol):
     def publish(self, key: str, payload: object, extra: Extra | None, *, now: bool) -> EventId: ...
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None: ...
     def request(self, key: str, payload: object, target: str | None, extra: Extra | None = None) -> Reply[object]: ...
-    def current_event(self) -> Event: ...
+    def current_events(self) -> list[Event]: ...
 
 
 class Resident(Context, Protocol):
@@ -186,9 +190,27 @@ def publish(
 def current_event() -> Event:
     """Return the event that is being handled.
 
+    Raises HubError outside a handler, and in one that handles a batch of several.
+    """
+    found = _current("current_event")
+    if len(found) > 1:
+        raise HubError(f"mphub.current_event: a batch of {len(found)} events is being handled; mphub.current_events() returns all of them")
+    return found[0]
+
+
+def current_events() -> list[Event]:
+    """Return the events of the batch that is being handled, in the order of its payloads; without batches it is one.
+
     Raises HubError outside a handler.
     """
-    return _context("current_event").current_event()
+    return _current("current_events")
+
+
+def _current(what: str) -> list[Event]:
+    found = _context(what).current_events()
+    if not found:
+        raise HubError(f"mphub.{what}: no event is being handled; it works in handle(payload), not in setup or teardown")
+    return found
 
 
 def _context(what: str) -> Context:

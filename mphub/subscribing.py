@@ -13,7 +13,7 @@ import msgspec
 from mphub.core.keys import check_key, check_name, check_pattern
 from mphub.errors import InvalidKey, InvalidOption
 from mphub.events import Topic, str_of
-from mphub.options import Inbox, Limits, Rate, Recycle, Restart, Retry, Snapshot, parse_share
+from mphub.options import Batch, Inbox, Limits, Rate, Recycle, Restart, Retry, Snapshot, parse_share
 from mphub.procs import boot, handlers
 from mphub.subscriber import Subscriber
 from mphub.wire import codec
@@ -29,8 +29,8 @@ THREAD_VARIABLES = (
 """What numeric libraries read when they are imported."""
 
 
-class SubscribeOptions(TypedDict, total=False):
-    """The options of ``subscribe`` and ``subscriber``."""
+class CommonOptions(TypedDict, total=False):
+    """The options of ``subscribe`` that say nothing of what a handler is called with."""
 
     name: str | None
     to: str | Topic[Any] | None
@@ -43,13 +43,24 @@ class SubscribeOptions(TypedDict, total=False):
     ordered: bool
     concurrency: int
     process: str | None
-    batch: None
     where: Where
     rate: Rate | None
     recycle: Recycle
     env: Mapping[str, str] | None
     replace: bool
     start: str
+
+
+class PlainOptions(CommonOptions, total=False):
+    """The options of ``subscribe`` for a function of one payload."""
+
+    batch: None
+
+
+class SubscribeOptions(CommonOptions, total=False):
+    """The options of ``subscribe`` and ``subscriber``."""
+
+    batch: Batch | None
 
 
 Where = Callable[[Any], object] | Mapping[str, object] | None
@@ -60,12 +71,13 @@ def make_spec(
     keys: str | Topic[Any] | Sequence[str | Topic[Any]], handler: Handler, name: str, to: str | Topic[Any] | None,
     retry: Retry, restart: Restart, inbox: Inbox, limits: Limits, snapshot: Snapshot | None, replicas: int | str,
     env: Mapping[str, str] | None, initializer: bytes, where: Where, ordered: bool, rate: Rate | None, recycle: Recycle,
+    batch: Batch | None,
 ) -> Spec:  # fmt: skip
     """Check a subscription and pickle its handler.
 
     Raises InvalidKey, InvalidOption, PayloadError.
     """
-    handlers.check_handler(handler)
+    handlers.check_handler(handler, batched=batch is not None)
     if where is not None:
         handlers.check_where(where)
     check_types(retry=(retry, Retry), restart=(restart, Restart), inbox=(inbox, Inbox), limits=(limits, Limits))
@@ -77,7 +89,7 @@ def make_spec(
         surroundings=surroundings(env or {}), initializer=initializer,
         inbox=inbox, limits=limits, restart=restart, max_attempts=retry.max_attempts,
         snapshot=snapshot_rule(cls, snapshot), answers=True if cls is None else cls.answers,
-        replicas=replicas_of(replicas), ordered=ordered, rate=rate,
+        replicas=replicas_of(replicas), ordered=ordered, rate=rate, batch=batch,
         recycle=in_bytes(recycle),
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 from mphub import errors
 from mphub.errors import (
     AmbiguousKey,
+    BatchFailed,
     DeadLettersLeft,
     DrainTimeout,
     Dropped,
@@ -68,6 +69,7 @@ EXAMPLES: list[Exception] = [
     RemoteTraceback(text="Traceback ..."),
     Reject(reason="no such order"),
     RetryLater(seconds=0.5),
+    BatchFailed({}, results=[1]),  # exceptions are equal to nothing but themselves
 ]
 
 

@@ -40,6 +40,8 @@ class Again:
     portion: Portion
     index: int
     attempt: int
+    ran: bool = False
+    """It was running."""
 
 
 @dataclass(slots=True)
@@ -63,8 +65,10 @@ class Verdict:
 class Delivery:
     """What one process of a subscriber holds of what waits for that."""
 
-    def __init__(self, window: Window, max_attempts: int, credit: Credit, slots: int) -> None:
+    def __init__(self, window: Window, max_attempts: int, credit: Credit, slots: int, lanes: int = 1) -> None:
         self.window = window
+        self.lanes = lanes
+        """Events that it runs at a time: while it holds fewer it is given more at once."""
         self.max_attempts = max_attempts
         self.credit = credit
         self.slots = slots
@@ -138,7 +142,7 @@ class Delivery:
         if self.held and (self.held[-1].alone or len(self.held) >= MAX_HELD):
             return 0
         limit = self.credit.limit
-        if 2 * self.holding <= limit:
+        if 2 * self.holding <= limit or self.holding < self.lanes:
             self._filling = True
         elif self.holding >= limit:
             self._filling = False
@@ -182,12 +186,16 @@ class Delivery:
 
     # -- what came of it
 
-    def report(self, upto: int, failed: dict[int, tuple[Portion, int]], *, returned: bool) -> list[tuple[Portion, Spans]]:
-        """Let go of everything before delivery number ``upto``; return what succeeded.
+    def report(
+        self, upto: int, failed: dict[int, tuple[Portion, int]], *, returned: bool, ended: Spans | None = None
+    ) -> list[tuple[Portion, Spans]]:  # fmt: skip
+        """Let go of everything before delivery number ``upto``, and of the numbers that ``ended`` behind it; return what succeeded.
 
         With ``returned`` the process has given back the rest unstarted.
         """
         finished = [part for part in self._release(upto) if part[1]]
+        if ended:
+            finished += self._release_within(ended)
         if failed:
             finished = [(p, s) for p, spans in finished if (s := subtract(spans, failures_of(p, failed)))]
         if returned:
@@ -208,6 +216,18 @@ class Delivery:
             yield held.portion, ran
             if not held.spans:
                 self.held.popleft()
+
+    def _release_within(self, numbers: Spans) -> list[tuple[Portion, Spans]]:
+        released = []
+        for held in self.held:
+            offset = held.index - held.number
+            left = subtract(held.spans, [(a + offset, b + offset) for a, b in numbers])
+            if left != held.spans:
+                released.append((held.portion, subtract(held.spans, left)))
+                self._let_go(*released[-1])
+                held.spans = left
+        self.held = deque(held for held in self.held if held.spans)
+        return released
 
     def _let_go(self, portion: Portion, spans: Spans) -> None:
         self.holding -= length(spans)
@@ -286,7 +306,7 @@ class Delivery:
                 if index in expiring(portion):  # it was in time, and is so for ever
                     portion.attempts.setdefault(index, 1)
                     verdict.changed.append(portion)
-                verdict.again.append(Again(portion, index, portion.attempts.get(index, 1)))
+                verdict.again.append(Again(portion, index, portion.attempts.get(index, 1), state == RUNNING))
                 verdict.last = (portion, index) if charged else verdict.last
             rest.append(index)
         if finished:
@@ -310,9 +330,13 @@ class Delivery:
 def suspect(verdict: Verdict) -> None:
     """Let the last uncommitted event run alone if nothing ran: committing it may be what kills, and the next death is charged to it."""
     if verdict.last is not None and not verdict.ran:
-        portion, index = verdict.last
-        portion.attempts.setdefault(index, 1)
-        verdict.changed.append(portion)
+        run_alone(verdict, *verdict.last)
+
+
+def run_alone(verdict: Verdict, portion: Portion, index: int) -> None:
+    """Let an event run with no other, uncharged."""
+    portion.attempts.setdefault(index, 1)
+    verdict.changed.append(portion)
 
 
 def failures_of(portion: Portion, failed: dict[int, tuple[Portion, int]]) -> Spans:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mphub.core.credit import Credit
 from mphub.core.delivery import Delivery, Held
+from mphub.core.grouped import Grouped
 from mphub.core.spans import length
 from mphub.procs.mailbox import Mailbox
 from mphub.store.board import SLOTS
@@ -14,9 +15,7 @@ class Consumer:
 
     def __init__(self, incarnation: int, box: Mailbox, replica: int = 0) -> None:
         self.incarnation, self.box, self.replica = incarnation, box, replica
-        every = box.spec.snapshot.every if box.spec.snapshot else 1
-        cap = min(SLOTS // 2, max(every, box.spec.recycle.max_events or SLOTS))
-        self.delivery = Delivery(box.window, box.spec.max_attempts, Credit(cap, least=every), SLOTS)
+        self.delivery = delivery_of(box)
 
     def take(self, most: int, now: float) -> Held | None:
         """Take the next events, at most so many, as far as credit and the subscriber's rate go."""
@@ -32,3 +31,13 @@ class Consumer:
     def snapshot_key(self) -> str:
         """Name its snapshots: each replica has a state of its own (no name has a ``#``)."""
         return f"{self.box.name}#{self.replica}" if self.replica else self.box.name
+
+
+def delivery_of(box: Mailbox) -> Delivery:
+    """Return what hands out the events of an inbox in the way that its subscriber runs them."""
+    spec = box.spec
+    every, size = spec.snapshot.every if spec.snapshot else 1, spec.batch.size if spec.batch else 1
+    least = max(every, size)
+    cap = min(SLOTS // 2, max(least, spec.recycle.max_events or SLOTS))
+    kind = Grouped if spec.batch else Delivery
+    return kind(box.window, spec.max_attempts, Credit(cap, least), SLOTS, lanes=size)

@@ -103,8 +103,8 @@ class Exchange:
         self.news: list[News] = []
         self.informed = True
         """It is known which processes live and may hold what looks as if it waited."""
-        self.told = False
-        """The failure in the report at hand is raised to its caller (inline)."""
+        self.told: int | None = None
+        """The delivery number of the failure in the report at hand that is raised to its caller (inline)."""
         self.letters, self.room, self.withdrawals, self.taps = Letters(self), Room(self), Withdrawals(self), Taps()
         self.next_row = 1
         self.left: dict[int, int] = {}
@@ -507,7 +507,8 @@ class Exchange:
         filtered = {number: found for number in report.filtered if (found := delivery.find(number))}
         # sent again to a new router it is of a generation before its hello, which has given all back already
         before = box.window.loaded
-        finished = delivery.report(report.upto, failed | filtered, returned=report.returned and report.generation >= delivery.generation)
+        returned = report.returned and report.generation >= delivery.generation
+        finished = delivery.report(report.upto, failed | filtered, returned=returned, ended=report.ended)
         if box.quota is not None:
             box.quota.give_back(box.window.loaded - before)
         for output in report.outputs:
@@ -554,7 +555,7 @@ class Exchange:
         else:
             reason = "rejected" if failure.reason == "rejected" else "exception"
             cause = Cause(reason, pid=failure.pid, traceback=failure.traceback, rss=failure.rss)
-            self.letters.bury(box, portion, index, reason, attempt, error=failure.error, cause=cause, told=self.told)
+            self.letters.bury(box, portion, index, reason, attempt, error=failure.error, cause=cause, told=failure.number == self.told)
 
     def _postpone(self, box: Mailbox, portion: Portion, index: int, attempt: int, due: float) -> None:
         """Cut one event out into a row of its own that waits for its time."""

@@ -7,12 +7,12 @@ import importlib
 import inspect
 import logging
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from mphub.core.keys import check_name, matches
-from mphub.errors import HubError, InvalidOption, Reject, RetryLater
+from mphub.errors import BatchFailed, HubError, InvalidOption, PayloadError, Reject, RetryLater
 from mphub.options import backoff
 from mphub.subscriber import Subscriber
 from mphub.wire.specs import Spec
@@ -66,8 +66,8 @@ def predicate(where: Callable[[Any], object] | Mapping[str, object] | None) -> C
     return has_all
 
 
-def check_handler(handler: object) -> None:
-    """Refuse at ``subscribe`` what can never be called with one payload.
+def check_handler(handler: object, *, batched: bool = False) -> None:
+    """Refuse at ``subscribe`` what can never be called with one payload, or with a list of them.
 
     Raises InvalidOption.
     """
@@ -77,9 +77,7 @@ def check_handler(handler: object) -> None:
             raise InvalidOption(
                 f"handler: got the class {target.__name__}; expected a subclass of mphub.Subscriber, or a function of one payload"
             )
-        if target.handle is Subscriber.handle:
-            raise InvalidOption(f"handler: class {target.__name__} has no handle(self, payload): define it")
-        _check_class(target)
+        _check_class(target, batched)
         return
     if isinstance(handler, str):
         if handler.count(":") != 1 or not all(handler.split(":")):
@@ -91,19 +89,28 @@ def check_handler(handler: object) -> None:
             "a Subscriber class or instance, or 'module:attribute'"
         )
     if isinstance(handler, Subscriber):
-        _check_class(type(handler))
+        _check_class(type(handler), batched)
     else:
+        what = "one argument, the list of payloads" if batched else "one argument, the payload"
         _check_runs(handler)
-        _check_takes(handler, (None,), repr(getattr(handler, "__name__", handler)), "one argument, the payload")
+        _check_takes(handler, (None,), repr(getattr(handler, "__name__", handler)), what)
 
 
-def _check_class(target: type[Subscriber[Any, Any]]) -> None:
+def _check_class(target: type[Subscriber[Any, Any]], batched: bool) -> None:
     """Refuse a class whose methods cannot be called as they will be."""
-    _check_runs(target.handle)
-    _check_takes(target.handle, (None, None), f"{target.__name__}.handle", "self and one payload")
+    if batched and target.handle_batch is Subscriber.handle_batch:
+        raise InvalidOption(f"handler: class {target.__name__} has no handle_batch(self, payloads), which batch= needs: define it")
+    if not batched and target.handle is Subscriber.handle:
+        raise InvalidOption(f"handler: class {target.__name__} has no handle(self, payload): define it, or pass batch= for handle_batch")
+    method: Callable[..., object]
+    name, method, what = (
+        ("handle_batch", target.handle_batch, "a list of payloads") if batched else ("handle", target.handle, "one payload")
+    )
+    _check_runs(method)
+    _check_takes(method, (None, None), f"{target.__name__}.{name}", f"self and {what}")
     for name in ("setup", "teardown", "snapshot", "restore"):
         if inspect.iscoroutinefunction(getattr(target, name)):
-            raise InvalidOption(f"handler: {target.__name__}.{name} is a coroutine function: only handle may be one")
+            raise InvalidOption(f"handler: {target.__name__}.{name} is a coroutine function: only handle and handle_batch may be one")
 
 
 def _check_runs(function: Any) -> None:
@@ -146,14 +153,14 @@ def default_name(handler: object) -> str:
     return check_name("handler" if handler_name == "<lambda>" or not name else name)
 
 
-def load(work: Work, name: str, replica: int = 0) -> Runner:
+def load(work: Work, name: str, replica: int = 0, *, batched: bool = False) -> Runner:
     """Build what runs; in the subscriber's process."""
-    runner = _runner(work, name, replica)
+    runner = _runner(work, name, replica, batched)
     runner.wants = predicate(work.where)
     return runner
 
 
-def _runner(work: Work, name: str, replica: int) -> Runner:
+def _runner(work: Work, name: str, replica: int, batched: bool) -> Runner:
     handler = _import(work.handler) if isinstance(work.handler, str) else work.handler
     made = handler
     if isinstance(handler, type) or (isinstance(handler, functools.partial) and isinstance(handler.func, type)):
@@ -161,7 +168,7 @@ def _runner(work: Work, name: str, replica: int) -> Runner:
     if not isinstance(made, Subscriber):
         return _callable(made)
     made.name, made.replica, made.log = name, replica, logging.getLogger(f"mphub.subscriber.{name}")
-    runner = _callable(made.handle)
+    runner = _callable(made.handle_batch if batched else made.handle)
     runner.subscriber = made
     return runner
 
@@ -182,6 +189,39 @@ def check_other(spec: Spec, key: str, target: str | None) -> None:
     """
     if target == spec.name or (target is None and spec.answers and any(matches(pattern, key) for pattern in spec.patterns)):
         raise HubError(f"request({key!r}) in {spec.name!r}, which is the one to answer it, would wait for itself: call the function")
+
+
+def call_batch(
+    call: Callable[[Any], Any], payloads: list[Any], asked: Sequence[bool]
+) -> tuple[Sequence[object], dict[int, BaseException]]:  # fmt: skip
+    """Handle a batch; return a result for each payload, and the exceptions of those that failed. ``asked``: who waits for a result.
+
+    Raises what the handler raises for all of them together; InvalidOption, PayloadError: what it says of them does not fit.
+    """
+    count = len(payloads)
+    errors: dict[int, BaseException] = {}
+    try:
+        results = call(payloads)
+    except BatchFailed as failed:
+        errors, results = failed.errors, failed.results
+        if errors and max(errors) >= count:
+            raise InvalidOption(
+                f"BatchFailed(errors): got the place {max(errors)}; expected places of a batch of {count}, from 0 on"
+            ) from None
+    if results is None and not any(waits and place not in errors for place, waits in enumerate(asked)):
+        return [None] * count, errors
+    return _results_of(results, count), errors
+
+
+def _results_of(results: Any, count: int) -> Sequence[object]:
+    """Return what a handler of batches returned as a list; an array will do."""
+    if not hasattr(results, "__len__") or isinstance(results, str | bytes | Mapping | Set):
+        what = f"{type(results).__name__} {results!r:.60}" if results is not None else "None, though somebody waits for an answer"
+        raise PayloadError(f"results of a batch: got {what}; expected a list with one for each of {count} payloads")
+    found = list(results)
+    if len(found) != count:
+        raise PayloadError(f"results of a batch: got {len(found)} of them; expected a list with one for each of {count} payloads")
+    return found
 
 
 def _callable(function: Any) -> Runner:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import inf
 from typing import TypeVar
 
@@ -192,6 +192,22 @@ class Inline(Local):
     def withdraw(self, numbers: list[int], *, kill: bool) -> None:
         self.cancel([EventId.make(self.id, number) for number in numbers])
 
+    @property
+    def largest_batch(self) -> int:
+        """Events that a handler gets at once at most."""
+        return max((post.batch_size for post in self.posts.values()), default=1)
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Handle what is published inside once all of it is there."""
+        with self._turn():
+            before, self._busy = self._busy, True
+            try:
+                yield
+            finally:
+                self._busy = before
+                self.work_off()
+
     def work_off(self, reply: Reply[object] | None = None, *, patient: bool = False) -> None:
         """Handle what waits, in the order published, until nothing moves; what is to start later is waited for as the clock has it.
 
@@ -216,9 +232,9 @@ class Inline(Local):
         posts = self.posts.values()  # but those of handlers that wait for an answer
         waiting = [post for post in posts if post.box.window.waiting and not post.delivery.held and post.box.status != "PAUSED"]
         for post in sorted(waiting, key=lambda post: post.box.window.waiting[0].portion.row.id):
-            held = post.take(1, self.clock())
-            if held is not None:
-                self._run(post, held)
+            events = post.take_next(self.clock())
+            if events:
+                self._run(post, events)
                 return True
         return self._wait(patient or (reply is not None and not reply.done()))
 
@@ -239,22 +255,23 @@ class Inline(Local):
 
     # -- handling
 
-    def _run(self, post: Post, held: Held) -> None:
-        """Run one event and commit what came of it."""
-        post.run(held)
+    def _run(self, post: Post, events: list[Held]) -> None:
+        """Run one event, or a batch, and commit what came of it."""
+        post.run(events)
         with self.exchange.turn():
             self.exchange.report(post, post.report(), self.clock())
-        self.exchange.told = False
+        self.exchange.told = None
         interrupt, self._interrupt = self._interrupt, None
         if interrupt is not None:
             raise interrupt
 
-    def failed(self, row: Row, error: BaseException, *, last: bool) -> None:
+    def failed(self, number: int, row: Row, error: BaseException, *, last: bool) -> None:
         """Keep what is raised to the caller."""
         if last and self.propagate and not row.batch.reply and self._raise is None:
             self._raise = error
-            self.exchange.told = True
-        self._interrupt = None if isinstance(error, Exception) else error
+            self.exchange.told = number
+        if not isinstance(error, Exception):
+            self._interrupt = error
 
     def is_known(self, news: News) -> bool:
         return self.propagate and news.kind in ("failure", "dead_letter") and news.details["id"] != "teardown"

@@ -60,8 +60,8 @@ class Place(Post):
     def may_take(self) -> bool:
         return not self.ending and not self.box.is_at_rest
 
-    def run(self, held: Held) -> None:
-        super().run(held)
+    def run(self, events: list[Held]) -> None:
+        super().run(events)
         if self.box.spec.snapshot is None and not (self.failures or self.replies or self.outputs.size):
             self.done = self.upto
 
@@ -296,13 +296,13 @@ class Lives:
 
     def _goes_on(self, place: Place) -> bool:
         """Handle the next event, or commit what came of some, or wait; say whether there is more to do."""
-        held = self._next(place)
-        if held is not None:
-            place.run(held)
-        if place.ran and (held is None or place.is_due):
+        events = self._next(place)
+        if events:
+            place.run(events)
+        if place.ran and (not events or place.is_due):
             self._turn(place, self._commit, place, place.report_all())
             return True
-        return held is not None or self._rest(place)
+        return bool(events) or self._rest(place)
 
     def _turn(self, place: Place, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Change the books in a place's own thread, unless that has been given up."""
@@ -325,8 +325,8 @@ class Lives:
             place.deadline = inf
             self._set_state(ward, "RUNNING")
 
-    def _next(self, place: Place) -> Held | None:
-        """Take the next event, if it may; what is due comes first, and what is too late is gone."""
+    def _next(self, place: Place) -> list[Held]:
+        """Take the next event, or batch, if it may; what is due comes first, and what is too late is gone."""
         with self.home.lock:
             now = self.home.exchange.clock()
             if place.box.due > now:
@@ -335,19 +335,19 @@ class Lives:
         with self.home.lock:
             return self._take(place, now)
 
-    def _take(self, place: Place, now: float) -> Held | None:
-        """Take an event, or note that there is none."""
-        held = place.take(1, now) if place.may_take else None
+    def _take(self, place: Place, now: float) -> list[Held]:
+        """Take what is next, or note that there is nothing."""
+        events = place.take_next(now) if place.may_take else []
         order = place.box.window.order
-        if held is None and place.may_take and order is not None and order.lanes and not place.delivery.holding:
-            held = self.home.exchange.even_out(place, lambda: place.take(1, now))
-        if held is not None:
+        if not events and place.may_take and order is not None and order.lanes and not place.delivery.holding:
+            events = self.home.exchange.even_out(place, lambda: place.take_next(now)) or []
+        if events:
             self._idle.pop(place, None)
-            return held
+            return events
         self._idle[place] = None
         if place.box.quota is not None:
             self.home.clerk.ring()  # which waits until more may start
-        return None
+        return []
 
     def _commit(self, place: Place, report: Report) -> None:
         place.has_finished |= self.home.exchange.report(place, report, self.home.exchange.clock())

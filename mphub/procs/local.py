@@ -7,12 +7,15 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
 from typing import TypeVar
 
 from mphub.connection import settle_reply
 from mphub.core.delivery import Held
 from mphub.core.keys import check_target
 from mphub.core.rows import Row, event_of
+from mphub.core.spans import indexes, length
 from mphub.errors import HubError, NoSubscriber, Reject, RetryLater
 from mphub.events import Event, EventId
 from mphub.observe.limiter import Limiter
@@ -238,12 +241,32 @@ class Local(ABC):
         return post.runner.call(payload)
 
     @abstractmethod
-    def failed(self, row: Row, error: BaseException, *, last: bool) -> None:
-        """Hear what an event raised; ``last``: it is not tried again."""
+    def failed(self, number: int, row: Row, error: BaseException, *, last: bool) -> None:
+        """Hear what an event raised, by its delivery number; ``last``: it is not tried again."""
 
     def figures_of(self, name: str) -> dict[str, object]:
         """Return what the statistics add to the counters of the exchange."""
         return {"state": self.state_of(name)[0], "running": 0, "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0}
+
+
+@dataclass(slots=True, eq=False)
+class Taken:
+    """An event that is being handled."""
+
+    row: Row
+    index: int
+    number: int
+    attempt: int
+    payload: object = None
+
+    @classmethod
+    def of(cls, held: Held, index: int) -> Taken:
+        portion = held.portion
+        return cls(portion.row, index, held.number + index - held.index, portion.attempts.get(index, 1))
+
+    @property
+    def data(self) -> bytes:
+        return self.row.events()[self.index]
 
 
 class Post(Consumer):
@@ -261,14 +284,14 @@ class Post(Consumer):
         self.filtered: list[int] = []
         self.ran, self.seconds = 0, 0.0
         """Events run since the last report, and how long they took."""
-        self._current: tuple[Row, int, int, object] | None = None
+        self._current: list[Taken] = []
 
     # -- life
 
     def set_up(self, snapshot: bytes = b"") -> None:
         """Load the handler from its pickle, as every engine does, and let it prepare and take up its last state."""
         self.work = handlers.loads(self.box.spec.handler)
-        self.runner = handlers.load(self.work, self.name, self.replica)
+        self.runner = handlers.load(self.work, self.name, self.replica, batched=self.box.spec.batch is not None)
         subscriber = self.runner.subscriber
         if subscriber is not None:
             self._inside(subscriber.setup)
@@ -304,42 +327,98 @@ class Post(Consumer):
         finally:
             own.context = before
 
-    # -- an event
+    # -- an event, or a batch
 
-    def run(self, held: Held) -> None:
-        """Run one event, and note for the report what came of it."""
-        row, index = held.portion.row, held.index
-        attempt = held.portion.attempts.get(index, 1)
+    @property
+    def batch_size(self) -> int:
+        return self.box.spec.batch.size if self.box.spec.batch is not None else 1
+
+    def take_next(self, now: float) -> list[Held]:
+        """Take the next event, or what waits as far as it fits one batch."""
+        taken: list[Held] = []
+        room = self.batch_size
+        while room and (held := self.take(room, now)) is not None:
+            taken.append(held)
+            room -= length(held.spans)
+        return taken
+
+    def run(self, events: list[Held]) -> None:
+        """Run one event, or those of a batch, and note for the report what came of it."""
         started = time.perf_counter()
-        try:
-            self._inside(lambda: self._handle(row, index, attempt, held.number))
-        except BaseException as error:
-            failure = self._failure(held.number, attempt, error)
-            self.failures.append(failure)
-            self.home.failed(row, error, last=not failure.retry or attempt >= self.box.spec.max_attempts)
-        self._current = None
-        self.outputs.keep(row.epoch)
-        self.upto = held.number + held.count
-        self.ran += 1
+        taken = [Taken.of(held, index) for held in events for index in indexes(held.spans)]
+        self._inside(lambda: self._handle_wanted(taken))
+        self._current = []
+        self.upto = events[-1].number + events[-1].count
+        self.ran += len(taken)
         self.seconds += time.perf_counter() - started
 
-    def _handle(self, row: Row, index: int, attempt: int, number: int) -> None:
-        payload = self.codec.loads(row.events()[index])
-        self._current = (row, index, attempt, payload)
-        if self.runner.wants is not None and not self.runner.wants(payload):
-            self.outputs.fresh.clear()
-            self.filtered.append(number)
-            return
-        result = self.home.call(self, payload)
-        if self.work.to is not None and result is not None:
-            self.outputs.publish(self.work.to, self.codec.encode(result, "result"), None)
-        if row.batch.reply:
-            self.replies.append(ReplyRow(row.batch.publisher, row.batch.number + index, "ok", self.codec.encode(result, "result")))
+    def _handle_wanted(self, events: list[Taken]) -> None:
+        wanted = [event for event in events if self._is_wanted(event)]
+        if wanted:
+            self._handle(wanted)
+        self.failures.sort(key=lambda failure: -failure.number if failure.is_for_now else -inf)  # each goes before all that waits
 
-    def _failure(self, number: int, attempt: int, error: BaseException) -> Failure:
-        retry, delay = handlers.retry_after(self.work, error, attempt)
+    def _is_wanted(self, event: Taken) -> bool:
+        """Load an event, and ask the filter; say whether it is to be handled."""
+        self._current = [event]
+        try:
+            event.payload = self.codec.loads(event.data)
+            if self.runner.wants is None or self.runner.wants(event.payload):
+                return True
+            self.filtered.append(event.number)
+        except BaseException as error:
+            self._failed(event, error)
+        self.outputs.fresh.clear()
+        return False
+
+    def _handle(self, events: list[Taken]) -> None:
+        """Handle events together; if they fail as a whole, one by one."""
+        self._current, replies = events, len(self.replies)
+        try:
+            results, errors = self._results(events)
+            for place, (event, result) in enumerate(zip(events, results, strict=True)):
+                if place not in errors and (error := self._keep_result(event, result)) is not None:
+                    errors[place] = error
+        except BaseException as error:
+            self.outputs.fresh.clear()
+            del self.replies[replies:]
+            if len(events) > 1 and isinstance(error, Exception):
+                for event in events:
+                    event.payload = self.codec.loads(event.data)  # the handler may have changed what it got
+                    self._handle([event])
+                return
+            errors = dict.fromkeys(range(len(events)), error)
+        if len(errors) == len(events):
+            self.outputs.fresh.clear()
+        for place in sorted(errors):
+            self._failed(events[place], errors[place])
+        self.outputs.keep(min(event.row.epoch for event in events))
+
+    def _results(self, events: list[Taken]) -> tuple[Sequence[object], dict[int, BaseException]]:
+        if self.box.spec.batch is None:
+            return [self.home.call(self, events[0].payload)], {}
+        asked = [event.row.batch.reply for event in events]
+        return handlers.call_batch(lambda payloads: self.home.call(self, payloads), [event.payload for event in events], asked)
+
+    def _keep_result(self, event: Taken, result: object) -> Exception | None:
+        """Publish a result under ``to`` and answer a request; return why that cannot be done."""
+        batch, before = event.row.batch, len(self.outputs.fresh)
+        try:
+            if self.work.to is not None and result is not None:
+                self.outputs.publish(self.work.to, self.codec.encode(result, "result"), None)
+            if batch.reply:
+                self.replies.append(ReplyRow(batch.publisher, batch.number + event.index, "ok", self.codec.encode(result, "result")))
+        except Exception as error:
+            del self.outputs.fresh[before:]
+            return error
+        return None
+
+    def _failed(self, event: Taken, error: BaseException) -> None:
+        retry, delay = handlers.retry_after(self.work, error, event.attempt)
         reason = {Reject: "rejected", RetryLater: "later"}.get(type(error), "exception")
-        return Failure.here(number, reason, pickles.encode_error(error), pickles.traceback_text(error), retry, delay)
+        trace = pickles.traceback_text(error)
+        self.failures.append(Failure.here(event.number, reason, pickles.encode_error(error), trace, retry, delay))
+        self.home.failed(event.number, event.row, error, last=not retry or event.attempt >= self.box.spec.max_attempts)
 
     def report(self, snapshot: bytes | None = None) -> Report:
         """Return what came of the events since the last report."""
@@ -363,7 +442,7 @@ class Post(Consumer):
     def publish(self, key: str, payload: object, extra: Extra | None, *, now: bool) -> EventId:
         data = self.codec.encode(payload)
         if now:
-            return self.home.send(key, data, extra, epoch=self._current[0].epoch if self._current is not None else 0)
+            return self.home.send(key, data, extra, epoch=min((event.row.epoch for event in self._current), default=0))
         return EventId.make(self.incarnation, self.outputs.publish(key, data, extra))
 
     def publish_together(self, events: list[tuple[str, bytes, Extra | None]]) -> None:
@@ -374,14 +453,16 @@ class Post(Consumer):
 
     def is_at(self, ids: Collection[int]) -> bool:
         """Say whether it runs one of some events."""
-        current = self._current
-        return current is not None and (current[0].batch.publisher << 40 | current[0].batch.number + current[1]) in ids
+        return any((event.row.batch.publisher << 40 | event.row.batch.number + event.index) in ids for event in self._current)
 
-    def current_event(self) -> Event:
-        if self._current is None:
-            raise HubError("mphub.current_event: no event is being handled; it works in handle(payload), not in setup or teardown")
-        row, index, attempt, payload = self._current
-        return event_of(row.batch, index, payload, attempt, self.replica, cancelled=(row.id, index) in self.box.withdrawn)
+    def current_events(self) -> list[Event]:
+        withdrawn = self.box.withdrawn
+        return [
+            event_of(
+                event.row.batch, event.index, event.payload, event.attempt, self.replica, cancelled=(event.row.id, event.index) in withdrawn
+            )
+            for event in self._current
+        ]  # fmt: skip
 
 
 def random_id() -> int:

@@ -75,6 +75,10 @@ class Seat(Consumer):
         self.awaited = 0
         """A report before which nothing is handed out: it may put an event before all others."""
 
+    @property
+    def holds_more_than_it_runs(self) -> bool:
+        return self.delivery.holding > self.delivery.lanes
+
     def may_take(self) -> bool:
         """Say whether more can be handed out to it."""
         return self.ready and not self.stopping and not self.fenced and not self.box.is_at_rest and self.told >= self.awaited

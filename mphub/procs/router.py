@@ -316,6 +316,7 @@ class Router:
         What processes have in hand is taken back, marked for handlers that ask, or ended with its process.
         """
         withdrawn = self.exchange.withdrawals.withdraw(ids)
+        unstarted: set[Seat] = set()
         for seat, number in self.exchange.withdrawals.held_by(self.seats.values(), ids):
             assert isinstance(seat, Seat)
             running = seat.board.state(number) == RUNNING
@@ -324,7 +325,9 @@ class Router:
             elif running:
                 seat.board.cancel(number)
             else:
-                seat.board.set_flag(RECALLED)
+                unstarted.add(seat)
+        for seat in unstarted:
+            self._want_back(seat)
         return withdrawn
 
     def _someone_is_absent(self) -> bool:
@@ -493,17 +496,17 @@ class Router:
             share -= length(held.spans)
             self._hand_out(seat, stream, held)
         if shares:
-            seat.slow_at = time.monotonic() + SLOW_AFTER if seat.delivery.holding > 1 else math.inf
+            seat.slow_at = time.monotonic() + SLOW_AFTER if seat.holds_more_than_it_runs else math.inf
             self.look_at = min(self.look_at, seat.slow_at)
 
     def _take_from_slow(self, seat: Seat, now: float) -> None:
         """Want back what a replica has not started that is slower than it seemed, if another has nothing to do."""
-        seat.slow_at = now + SLOW_AFTER if seat.delivery.holding > 1 else math.inf
+        seat.slow_at = now + SLOW_AFTER if seat.holds_more_than_it_runs else math.inf
         someone_is_idle = any(
             other.box is seat.box and other.may_take() and not other.delivery.holding for other in self.seats.values()
         )  # fmt: skip
-        if seat.delivery.holding > 1 and someone_is_idle and not seat.box.window.loaded:
-            seat.board.set_flag(RECALLED)
+        if seat.holds_more_than_it_runs and someone_is_idle and not seat.box.window.loaded:
+            self._want_back(seat)
 
     def _seats_in_turn(self) -> Iterable[Seat]:
         """Return all seats; of replicas the least busy first."""
@@ -583,7 +586,16 @@ class Router:
 
     def _recall(self, seat: Seat) -> None:
         """Want back what has not started from one that is to stop or paused: a handler that has become slow may hold hours of work."""
-        seat.board.set_flag(RECALLED, seat.stopping or seat.box.is_at_rest)
+        if seat.stopping or seat.box.is_at_rest:
+            self._want_back(seat)
+        else:
+            seat.board.set_flag(RECALLED, False)
+
+    def _want_back(self, seat: Seat) -> None:
+        """Let a process return what it has not started; one that waits for a batch to fill looks when a frame comes."""
+        seat.board.set_flag(RECALLED)
+        if seat.stream is not None and seat.inside:
+            seat.stream.send(frames.REPORT_CONFIRM, encode(seat.told))
 
     def do_started(self, name: str, incarnation: int, replica: int, board: str, live: bool, predecessor: int | None = None) -> None:
         """Seat an incarnation; a live one (this router is a successor) has yet to say what it holds."""

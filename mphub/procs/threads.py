@@ -364,7 +364,7 @@ class Threads(Local):
         handlers.check_other(post.box.spec, key, target)
         return self.request(key, payload, target, extra)
 
-    def failed(self, row: Row, error: BaseException, *, last: bool) -> None:
+    def failed(self, number: int, row: Row, error: BaseException, *, last: bool) -> None:
         """Nobody is told by an exception."""
 
     # -- the clerk

@@ -17,9 +17,10 @@ from mphub import failpoints
 from mphub.connection import Address, connection_to
 from mphub.core.delivery import FAILED
 from mphub.core.spans import spans_of
-from mphub.errors import HubError, Reject, RetryLater
+from mphub.errors import Reject, RetryLater
 from mphub.events import Event, EventId
 from mphub.procs import handlers
+from mphub.procs.batches import Batches
 from mphub.procs.one_by_one import OneByOne
 from mphub.procs.outputs import Outputs
 from mphub.procs.parcels import Parcel
@@ -104,9 +105,9 @@ class Worker:
             codec.loads(self.spec.initializer)()
         data = self.blobs.read(self.spec.handler_blob) if self.spec.handler_blob else self.spec.handler
         self.work = handlers.loads(data)
-        self.runner = handlers.load(self.work, self.name, self.replica)
+        self.runner = handlers.load(self.work, self.name, self.replica, batched=self.spec.batch is not None)
         self.runner.call = failpoints.between("worker.running", self.runner.call, "worker.returned")
-        self.way = OneByOne(self)
+        self.way = OneByOne(self) if self.spec.batch is None else Batches(self, self.spec.batch)
         if self.runner.subscriber is not None:
             self.runner.subscriber.setup()
         failpoints.hit("worker.set_up")
@@ -166,13 +167,16 @@ class Worker:
             line.close()
             time.sleep(0.01)
 
-    def receive(self) -> Frame:
-        """Return the next frame; when the router has died, connect to its successor and resend what was not confirmed."""
+    def receive(self, until: float | None = None) -> Frame:
+        """Return the next frame; when the router has died, connect to its successor and resend what was not confirmed.
+
+        Raises TimeoutError: it has not come by then, on the monotonic clock.
+        """
         while True:
             assert self.line is not None
             if self._has_news and not self.line.has_frame():
                 self.report()  # idle: what waited for a snapshot goes now
-            got = self.line.receive()
+            got = self.line.receive(until)
             if got is not None:
                 return got
             self.line.close()
@@ -283,9 +287,8 @@ class Worker:
 
     def return_rest(self) -> None:
         """Report what has run, and that all the rest that this process holds, here and under way, is the router's again."""
-        first, _, chosen = self.claims.pop()
-        if self.upto > first:  # else nothing of the frame was started
-            self.claims.append((first, self.upto - first, chosen))
+        claims = [(first, min(count, self.upto - first), chosen) for first, count, chosen in self.claims]
+        self.claims = deque(claim for claim in claims if claim[1] > 0)
         self.report(returned=True)
         self.generation += 1
 
@@ -296,7 +299,7 @@ class Worker:
         self.frame += 1
         report = Report(
             self.frame, self.upto, self.ran, self.seconds, self.failures, self.outputs.take(), self.replies,
-            snapshot, blob, returned, self.generation, self.filtered,
+            snapshot, blob, returned, self.generation, self.filtered, self._ended_early(),
         )  # fmt: skip
         data = frames.frame(frames.REPORT, encode(report))
         self.failures, self.replies, self.filtered, self.ran, self.seconds = [], [], [], 0, 0.0
@@ -304,6 +307,11 @@ class Worker:
         self.unconfirmed.append((self.frame, self.upto, data))
         self._write(data)
         failpoints.hit("worker.reported")
+
+    def _ended_early(self) -> list[tuple[int, int]]:
+        """Return the numbers of what ended before others that came earlier."""
+        numbers = [*self.filtered, *(failure.number for failure in self.failures)]
+        return spans_of(sorted(number for number in numbers if number >= self.upto))
 
     def _take_snapshot(self) -> tuple[bytes | None, str | None]:
         if self.spec.snapshot is None or self.runner.subscriber is None or not self.unsaved:
@@ -335,11 +343,8 @@ class Worker:
         handlers.check_other(self.spec, key, target)
         return connection_to(self.address).request(key, payload, target, extra)
 
-    def current_event(self) -> Event:
-        found = self.way.current_events() if self.way is not None else []
-        if not found:
-            raise HubError("mphub.current_event: no event is being handled; it works in handle(payload), not in setup or teardown")
-        return found[0]
+    def current_events(self) -> list[Event]:
+        return self.way.current_events() if self.way is not None else []
 
 
 def _raise_stopped(*_: object) -> None:

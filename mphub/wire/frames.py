@@ -304,6 +304,11 @@ class Failure(Wire, frozen=True):
     rss: int = 0
     """Of the process, its most so far; bytes."""
 
+    @property
+    def is_for_now(self) -> bool:
+        """Say whether it is to be tried again before all that waits."""
+        return self.retry and self.delay <= 0
+
     @classmethod
     def here(cls, number: int, reason: str, error: bytes, traceback: str, retry: bool, delay: float) -> Failure:
         """Describe a failure in this process."""
@@ -343,6 +348,8 @@ class Report(Wire, frozen=True):
     generation: int = 0
     filtered: list[int] = []
     """Delivery numbers of events that ``where`` does not want."""
+    ended: list[tuple[Number, Number]] = []
+    """Delivery numbers from ``upto`` on that have run nevertheless, [first, last), ascending."""
 
 
 class Call(Wire, frozen=True):

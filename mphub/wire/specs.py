@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from mphub.options import Inbox, Limits, Rate, Recycle, Restart, Snapshot
+from mphub.options import Batch, Inbox, Limits, Rate, Recycle, Restart, Snapshot
 
 
 class Surroundings(msgspec.Struct, frozen=True):
@@ -35,5 +35,6 @@ class Spec(msgspec.Struct, frozen=True):
     recycle: Recycle = Recycle()
     ordered: bool = False
     """Events of one ordering key are handled one after the other, by whatever process."""
+    batch: Batch | None = None
     initializer: bytes = b""
     """Pickled; called in each process before the handler is loaded."""

@@ -197,9 +197,12 @@ class Line:
             raise
         return cls(sock)
 
-    def receive(self) -> Frame | None:
-        """Return the next frame, or None at the end of the stream."""
-        got = self.first()
+    def receive(self, until: float | None = None) -> Frame | None:
+        """Return the next frame, or None at the end of the stream.
+
+        Raises TimeoutError: it has not come by then, on the monotonic clock.
+        """
+        got = self.first(until)
         if got is not None:
             self.drop(got)
         return got

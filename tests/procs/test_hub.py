@@ -19,20 +19,11 @@ import pytest
 
 import mphub
 from mphub import EventHub, Inbox, Limits, Notice, Restart, Retry, Snapshot, Stop, Subscriber, Subscription, current_event
+from tests import notes
 from tests.helpers import eventually
 
 pytestmark = pytest.mark.procs
-
-
-def note(path: Path, text: object) -> None:
-    """Append a line by one write, so that lines of several processes never mix."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(file, f"{text}\n".encode())
-    os.close(file)
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+lines, note = notes.lines, notes.note
 
 
 def test_every_matching_subscriber_handles_each_event_in_order(tmp_path: Path) -> None:

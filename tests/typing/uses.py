@@ -10,6 +10,7 @@ from typing import Any, assert_type
 
 import mphub
 from mphub import (
+    Batch,
     DeadLetter,
     Event,
     EventHub,
@@ -91,6 +92,20 @@ class Client(Subscriber[int, bytes]):
         return bytes(payload)
 
 
+class Together(Subscriber[int, bytes]):
+    """Handles several at once."""
+
+    def handle_batch(self, payloads: list[int]) -> list[bytes]:
+        return [bytes(payload) for payload in payloads]
+
+
+class TogetherWrong(Subscriber[int, bytes]):
+    """Takes what it is not given."""
+
+    def handle_batch(self, payloads: list[str]) -> list[bytes]:  # error
+        return []
+
+
 class Wrong(Subscriber[int, str]):
     """Returns what it does not say."""
 
@@ -103,6 +118,18 @@ class Callback:
 
     def __call__(self, number: int) -> bytes:
         return bytes(number)
+
+
+def double_all(numbers: list[int]) -> list[int]:
+    return [2 * number for number in numbers]
+
+
+async def fetch_all(numbers: list[int]) -> list[bytes]:
+    return [bytes(number) for number in numbers]
+
+
+def store(orders: list[Order]) -> None:
+    print(len(orders))
 
 
 def join(number: int, text: str) -> str:
@@ -122,6 +149,8 @@ Inbox(maxsize="many")  # error
 Limits(timeout="1 s")  # error
 Snapshot(every=1.5)  # error
 Recycle(max_events="8")  # error
+Batch(wait="1 s")  # error
+Batch().size = 3  # error
 Restart().delay = 2.0  # error
 Retry().delay = 2.0  # error
 Stop().ask = 1.0  # error
@@ -179,6 +208,15 @@ hub.subscribe("numbers", double, to=ORDERS)
 hub.subscribe("numbers", double, inbox=3)  # error
 hub.subscribe("numbers", double, limits=1.0)  # error
 hub.subscribe("numbers", double, env=["A"])  # error
+assert_type(hub.subscribe("numbers", double_all, batch=Batch()), Subscription[int, int])
+assert_type(hub.subscribe(NUMBERS, double_all, batch=Batch(size=3), name="all"), Subscription[int, int])
+assert_type(hub.subscribe(NUMBERS, fetch_all, batch=Batch()), Subscription[int, bytes])
+assert_type(hub.subscribe("numbers", Together, batch=Batch()), Subscription[int, bytes])
+assert_type(hub.subscribe(ORDERS, store, batch=Batch()).request(Order(1)).result(), Any)
+assert_type(hub.subscribe("numbers", double, batch=None), Subscription[int, int])
+hub.subscribe(ORDERS, double_all, batch=Batch())  # error
+hub.subscribe(NUMBERS, double, batch=Batch())  # error
+hub.subscribe("numbers", double_all, batch=10)  # error
 hub.subscribe("numbers", double, "double")  # error
 hub.subscribe("numbers")  # error
 
@@ -186,6 +224,11 @@ hub.subscribe("numbers")  # error
 @hub.subscriber("numbers", retry=Retry(2))
 def triple(number: int) -> int:
     return 3 * number
+
+
+@hub.subscriber("numbers", batch=Batch(size=10))
+def triple_all(numbers: list[int]) -> list[int]:
+    return [3 * number for number in numbers]
 
 
 @hub.subscriber("numbers", retry=2)  # error
@@ -318,6 +361,7 @@ hub.dead_letters()[0].reason = "none"  # error
 assert_type(hub.dead_letters()[0].error, BaseException | None)
 assert_type(mphub.current_event(), Event)
 assert_type(mphub.current_event().attempt, int)
+assert_type(mphub.current_events(), list[Event])
 mphub.current_event().attempt = 2  # error
 
 
