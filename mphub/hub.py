@@ -454,8 +454,7 @@ class EventHub:
         ``replace``: take the place of the subscriber of the same name, whose waiting events stay; the default in an interactive session.
         Raises InvalidKey, InvalidOption, PayloadError (the handler cannot be pickled), NameTaken.
         """
-        refuse_unavailable(concurrency=(concurrency, 1), process=(process, None))
-        refuse_unavailable(start=(start, "new"))
+        refuse_unavailable(process=(process, None), start=(start, "new"))
         check_types(
             rate=(rate, Rate | None), recycle=(recycle, Recycle), inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool),
             ordered=(ordered, bool), batch=(batch, Batch | None),
@@ -468,7 +467,7 @@ class EventHub:
             free = self._subscriptions.free_name(handler, name, replace=replace or is_interactive(), batched=batch is not None)
             spec = make_spec(
                 keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where,
-                ordered, rate, recycle, batch,
+                ordered, rate, recycle, batch, concurrency,
             )  # fmt: skip
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             self._refuse_leaving(spec.name)

@@ -79,9 +79,11 @@ class Context(Protocol):
 
 
 class Resident(Context, Protocol):
-    """The context of a process that runs the handlers of one subscriber alone, in one thread."""
+    """The context of a process that runs the handlers of one subscriber alone."""
 
-    thread: int
+    @property
+    def thread(self) -> int:
+        """That of the handler that this is called in, if any."""
 
 
 class _Holder:

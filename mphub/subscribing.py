@@ -20,6 +20,7 @@ from mphub.wire import codec
 from mphub.wire.frames import is_text
 from mphub.wire.specs import Spec, Surroundings
 
+MAX_CONCURRENCY = 10_000
 MAX_REPLICAS = 1000
 """Each is a process of 5 MB at least."""
 THREAD_VARIABLES = (
@@ -71,7 +72,7 @@ def make_spec(
     keys: str | Topic[Any] | Sequence[str | Topic[Any]], handler: Handler, name: str, to: str | Topic[Any] | None,
     retry: Retry, restart: Restart, inbox: Inbox, limits: Limits, snapshot: Snapshot | None, replicas: int | str,
     env: Mapping[str, str] | None, initializer: bytes, where: Where, ordered: bool, rate: Rate | None, recycle: Recycle,
-    batch: Batch | None,
+    batch: Batch | None, concurrency: int,
 ) -> Spec:  # fmt: skip
     """Check a subscription and pickle its handler.
 
@@ -84,12 +85,14 @@ def make_spec(
     target = None if to is None else check_key(str_of(to))
     work = handlers.Work(handler, retry.on, retry.delay, retry.factor, retry.max_delay, target, where)
     cls = handlers.subscriber_class(handler)
+    saves = snapshot_rule(cls, snapshot)
+    check_concurrency(concurrency, saves, batch)
     return Spec(
         name=check_name(name), patterns=patterns_of(keys), handler=codec.encode(work, f"the handler of {name!r}"),
         surroundings=surroundings(env or {}), initializer=initializer,
         inbox=inbox, limits=limits, restart=restart, max_attempts=retry.max_attempts,
-        snapshot=snapshot_rule(cls, snapshot), answers=True if cls is None else cls.answers,
-        replicas=replicas_of(replicas), ordered=ordered, rate=rate, batch=batch,
+        snapshot=saves, answers=True if cls is None else cls.answers,
+        replicas=replicas_of(replicas), ordered=ordered, rate=rate, batch=batch, concurrency=concurrency,
         recycle=in_bytes(recycle),
     )  # fmt: skip
 
@@ -123,6 +126,21 @@ def in_bytes(recycle: Recycle) -> Recycle:
     if not isinstance(recycle.max_rss, str):
         return recycle
     return msgspec.structs.replace(recycle, max_rss=parse_share(recycle.max_rss, boot.memory_limit(), "Recycle(max_rss)"))
+
+
+def check_concurrency(count: int, snapshot: Snapshot | None, batch: Batch | None) -> None:
+    """Refuse what is no number of events that one process can run at a time.
+
+    Raises InvalidOption.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_CONCURRENCY:
+        raise InvalidOption(f"concurrency: got {count!r:.60}; expected an int from 1 to {MAX_CONCURRENCY}")
+    if count > 1 and snapshot is not None:
+        raise InvalidOption(f"concurrency: got {count} with snapshots, which would hold half of the events that run; use replicas instead")
+    if count > 1 and batch is not None:
+        raise InvalidOption(
+            f"concurrency: got {count} with batch=, which handles several at once already: use replicas for several batches"
+        )
 
 
 def snapshot_rule(cls: type[Subscriber[Any, Any]] | None, rule: Snapshot | None) -> Snapshot | None:

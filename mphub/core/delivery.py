@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mphub.core.credit import Credit
 from mphub.core.order import Order
-from mphub.core.spans import Spans, contains, indexes, length, spans_of, subtract
+from mphub.core.spans import Spans, contains, indexes, length, spans_of, subtract, within
 from mphub.core.window import Piece, Portion, Window, expiring
 from mphub.options import MOST
 
@@ -31,6 +31,11 @@ class Held:
     portion: Portion
     spans: Spans
     alone: bool = False
+
+    def without(self, numbers: Spans) -> Spans:
+        """Return its spans without those of some delivery numbers."""
+        offset = self.index - self.number
+        return subtract(self.spans, [(a + offset, b + offset) for a, b in within(numbers, self.number, self.number + self.count)])
 
 
 @dataclass(slots=True)
@@ -65,9 +70,9 @@ class Verdict:
 class Delivery:
     """What one process of a subscriber holds of what waits for that."""
 
-    def __init__(self, window: Window, max_attempts: int, credit: Credit, slots: int, lanes: int = 1) -> None:
+    def __init__(self, window: Window, max_attempts: int, credit: Credit, slots: int, at_a_time: int = 1) -> None:
         self.window = window
-        self.lanes = lanes
+        self.at_a_time = at_a_time
         """Events that it runs at a time: while it holds fewer it is given more at once."""
         self.max_attempts = max_attempts
         self.credit = credit
@@ -87,16 +92,16 @@ class Delivery:
     def claim(self, ranges: list[Range]) -> None:
         """Move waiting events to held: a process that this router did not hand them to says that it has them."""
         self.window.gather()
+        pieces: dict[int, list[Piece]] = {}
+        for piece in self.window.waiting:
+            pieces.setdefault(piece.portion.row.id, []).append(piece)
         for number, count, row, index in ranges:
-            for piece in [p for p in self.window.waiting if p.portion.row.id == row]:
+            for piece in pieces.get(row, ()):
                 rest = subtract(piece.spans, [(index, index + count)])
                 spans = subtract(piece.spans, rest)
                 if spans:
                     piece.spans = rest
-                    self.held.append(Held(number, index, count, piece.portion, spans))
-                    self.holding += length(spans)
-                    if self.window.order is not None:
-                        self.window.order.hold(self, piece.portion, spans)
+                    self._hold(Held(number, index, count, piece.portion, spans, alone=spans[0][0] in piece.portion.attempts))
         for piece in self.window.drop_waiting():
             if piece.spans:
                 self.window.put(piece, self.window.waiting.append)
@@ -111,7 +116,7 @@ class Delivery:
         piece = queue[0]
         first = piece.spans[0][0]
         alone = first in piece.portion.attempts
-        if (alone and self.held) or self._comes_later(piece):
+        if (alone and self.holding) or self._comes_later(piece):
             return None
         taken = [(first, first + 1)] if alone else self._cut(piece.portion, piece.spans, room)
         return self._hand_over(queue, taken, alone=alone, laned=laned) if taken else None
@@ -124,7 +129,7 @@ class Delivery:
         waiting = self.window.waiting
         while waiting and not self._comes_later(waiting[0]):
             piece = waiting[0]
-            chosen = order.choose(self, piece, room, is_free=not self.held)
+            chosen = order.choose(self, piece, room, is_free=not self.holding)
             if not piece.spans:
                 waiting.popleft()
                 continue
@@ -139,21 +144,29 @@ class Delivery:
 
     def _room(self) -> int:
         """Return how many events may be handed out now."""
-        if self.held and (self.held[-1].alone or len(self.held) >= MAX_HELD):
+        if self._is_closed():
             return 0
         limit = self.credit.limit
-        if 2 * self.holding <= limit or self.holding < self.lanes:
+        if 2 * self.holding <= limit or self.holding < self.at_a_time:
             self._filling = True
         elif self.holding >= limit:
             self._filling = False
         return limit - self.holding if self._filling else 0
+
+    def _is_closed(self) -> bool:
+        """Say whether it is given nothing more for now."""
+        return bool(self.held) and (self.held[-1].alone or len(self.held) >= MAX_HELD)
+
+    def _stretch(self) -> int:
+        """Return for how many delivery numbers from the next one on there are slots."""
+        return self.slots - (self.number - self.held[0].number if self.held else 0)
 
     def _cut(self, portion: Portion, spans: Spans, room: int) -> Spans:
         """Take up to ``room`` events from the front, as far as there are slots, not beyond one that has to run alone."""
         if not spans:
             return []
         first = spans[0][0]
-        end = first + self.slots - (self.number - self.held[0].number if self.held else 0)
+        end = first + self._stretch()
         if portion.attempts:
             end = min([end, *(i for i in portion.attempts if i > first)])
         taken: Spans = []
@@ -176,6 +189,13 @@ class Delivery:
             self.window.order.hold(self, portion, taken, laned=laned)
         return held
 
+    def _hold(self, held: Held) -> None:
+        """Hold what the process has already."""
+        self.held.append(held)
+        self.holding += length(held.spans)
+        if self.window.order is not None:
+            self.window.order.hold(self, held.portion, held.spans)
+
     def find(self, number: int) -> tuple[Portion, int] | None:
         """Return the portion and index of a delivery number that is held."""
         for held in self.held:
@@ -187,11 +207,11 @@ class Delivery:
     # -- what came of it
 
     def report(
-        self, upto: int, failed: dict[int, tuple[Portion, int]], *, returned: bool, ended: Spans | None = None
+        self, upto: int, failed: dict[int, tuple[Portion, int]], *, returned: bool, ended: Spans | None = None, still: Spans | None = None
     ) -> list[tuple[Portion, Spans]]:  # fmt: skip
         """Let go of everything before delivery number ``upto``, and of the numbers that ``ended`` behind it; return what succeeded.
 
-        With ``returned`` the process has given back the rest unstarted.
+        With ``returned`` the process has given back the rest unstarted, but for the numbers that ``still`` run.
         """
         finished = [part for part in self._release(upto) if part[1]]
         if ended:
@@ -199,20 +219,20 @@ class Delivery:
         if failed:
             finished = [(p, s) for p, spans in finished if (s := subtract(spans, failures_of(p, failed)))]
         if returned:
-            self.give_back()
+            self.give_back(still)
         return finished
 
     def _release(self, upto: int) -> Iterator[tuple[Portion, Spans]]:
         while self.held and self.held[0].number + self.held[0].count <= upto:
             held = self.held.popleft()
-            self._let_go(held.portion, held.spans)
+            self._let_go(held, held.spans)
             yield held.portion, held.spans
         if self.held and self.held[0].number < upto:
             held = self.held[0]
             cut = held.index + upto - held.number
             ran = [(a, min(b, cut)) for a, b in held.spans if a < cut]
             held.spans = subtract(held.spans, ran)
-            self._let_go(held.portion, ran)
+            self._let_go(held, ran)
             yield held.portion, ran
             if not held.spans:
                 self.held.popleft()
@@ -220,33 +240,43 @@ class Delivery:
     def _release_within(self, numbers: Spans) -> list[tuple[Portion, Spans]]:
         released = []
         for held in self.held:
-            offset = held.index - held.number
-            left = subtract(held.spans, [(a + offset, b + offset) for a, b in numbers])
+            left = held.without(numbers)
             if left != held.spans:
                 released.append((held.portion, subtract(held.spans, left)))
-                self._let_go(*released[-1])
+                self._let_go(held, released[-1][1])
                 held.spans = left
         self.held = deque(held for held in self.held if held.spans)
         return released
 
-    def _let_go(self, portion: Portion, spans: Spans) -> None:
+    def _let_go(self, held: Held, spans: Spans) -> None:
         self.holding -= length(spans)
         if self.window.order is not None:
-            self.window.order.release(portion, spans)
+            self.window.order.release(held.portion, spans)
+
+    def _forget(self) -> None:
+        """Hold nothing any more."""
+        self.held.clear()
+        self.holding = 0
+        self.generation += 1
+        self._leave()
 
     def _leave(self) -> None:
         """Let what waits for this process alone wait for all again, behind what it gives back itself."""
         if self.window.order is not None:
             self.window.extend_left(self.window.order.give_back(self))
 
-    def give_back(self) -> None:
-        """Return held events to the front of the inbox, in order."""
-        self.generation += 1
-        self.holding = 0
-        self._leave()
-        while self.held:
-            held = self.held.pop()
-            self.window.put_back(Piece(held.portion, held.spans))
+    def give_back(self, still: Spans | None = None) -> None:
+        """Return held events to the front of the inbox, in order; the numbers that ``still`` run stay held."""
+        before = list(self.held)
+        self._forget()
+        for held in reversed(before):
+            goes = held.without(still) if still else held.spans
+            if goes:
+                self.window.put_back(Piece(held.portion, goes))
+                held.spans = subtract(held.spans, goes)
+        for held in before if still else ():
+            if held.spans:
+                self._hold(held)
 
     def died(self, states: Callable[[int, int], bytes], charged: Callable[[int], bool]) -> Verdict:
         """Settle what a dead process held, by its state bytes; the rest goes back to the front in order.
@@ -257,10 +287,7 @@ class Delivery:
         back: list[Piece] = []
         for held in self.held:
             self._settle(held, states(held.number, held.count), charged, verdict, back)
-        self.held.clear()
-        self.holding = 0
-        self.generation += 1
-        self._leave()
+        self._forget()
         for piece in reversed(back):
             self.window.put_back(piece)
         suspect(verdict)
@@ -346,7 +373,5 @@ def failures_of(portion: Portion, failed: dict[int, tuple[Portion, int]]) -> Spa
 def parts_within(handed_out: Range, numbers: Spans) -> Iterator[Range]:
     """Yield the parts of a range whose delivery numbers are within some spans."""
     number, count, row, index = handed_out
-    for first, last in numbers:
-        a, b = max(first, number), min(last, number + count)
-        if a < b:
-            yield a, b - a, row, index + a - number
+    for a, b in within(numbers, number, number + count):
+        yield a, b - a, row, index + a - number

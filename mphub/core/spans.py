@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 
 Spans = list[tuple[int, int]]
 """Ranges [first, last) of event indexes in a row, ascending."""
@@ -43,6 +45,17 @@ def spans_of(numbers: Iterable[int]) -> Spans:
         else:
             spans.append((i, i + 1))
     return spans
+
+
+def within(spans: Spans, first: int, end: int) -> Spans:
+    """Return the part of some spans, ascending, that is in [first, end)."""
+    found: Spans = []
+    for at in range(bisect_right(spans, first, key=itemgetter(1)), len(spans)):
+        a, b = spans[at]
+        if a >= end:
+            break
+        found.append((max(a, first), min(b, end)))
+    return found
 
 
 def subtract(spans: Spans, gone: Spans) -> Spans:

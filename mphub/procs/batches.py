@@ -13,6 +13,7 @@ from mphub.events import Event
 from mphub.options import Batch
 from mphub.procs.handlers import call_batch
 from mphub.procs.parcels import Parcel
+from mphub.procs.ways import Way
 from mphub.store.board import RECALLED, SLOTS, Board
 from mphub.wire.frames import STOP
 from mphub.wire.stream import Frame
@@ -70,11 +71,12 @@ class Item:
         return self.load() if payload is MISSING else payload
 
 
-class Batches:
+class Batches(Way):
     """Handles events together; what fails as a whole runs again one by one, so that only the guilty one fails."""
 
     def __init__(self, worker: Worker, rule: Batch) -> None:
-        self.worker, self.rule = worker, rule
+        super().__init__(worker)
+        self.rule = rule
         self.states = worker.board.map
         self.running: list[Item] = []
         self.singly: deque[Item] = deque()
@@ -85,7 +87,7 @@ class Batches:
         """What has been read and not been looked at."""
         self.end = 0
         """The delivery number behind all that has been read."""
-        self.epoch = 0
+        self._epoch = 0
 
     def run(self) -> None:
         """Handle what comes until asked to stop."""
@@ -202,7 +204,7 @@ class Batches:
 
     def _start(self, items: list[Item]) -> None:
         self.running = items
-        self.epoch = min(item.parcel.deliver.epoch for item in items)
+        self._epoch = min(item.parcel.deliver.epoch for item in items)
         for item in items:
             self.states[item.slot] = RUNNING
             self.worker.outputs.fresh += item.outputs
@@ -231,7 +233,7 @@ class Batches:
         for place, item in enumerate(items):
             if place not in errors:
                 self.states[item.slot] = state
-        worker.outputs.keep(self.epoch)
+        worker.outputs.keep(self._epoch)
 
     def _end(self, items: list[Item], errors: dict[int, BaseException]) -> None:
         """Report a batch, its outputs and its failures."""
@@ -267,6 +269,12 @@ class Batches:
         self.batch.clear()
         self.coming.clear()
         self.worker.return_rest()
+
+    # -- what a handler may ask
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
 
     def current_events(self) -> list[Event]:
         return [self.worker.event(item.parcel, item.place) for item in self.running]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mphub.core.credit import Credit
 from mphub.core.delivery import Delivery, Held
 from mphub.core.grouped import Grouped
+from mphub.core.scattered import Scattered
 from mphub.core.spans import length
 from mphub.procs.mailbox import Mailbox
 from mphub.store.board import SLOTS
@@ -36,8 +37,11 @@ class Consumer:
 def delivery_of(box: Mailbox) -> Delivery:
     """Return what hands out the events of an inbox in the way that its subscriber runs them."""
     spec = box.spec
+    if spec.concurrency > 1:
+        count = spec.concurrency
+        return Scattered(box.window, spec.max_attempts, Credit(max(SLOTS // 2, count), count, at_a_time=count), SLOTS, count)
     every, size = spec.snapshot.every if spec.snapshot else 1, spec.batch.size if spec.batch else 1
     least = max(every, size)
     cap = min(SLOTS // 2, max(least, spec.recycle.max_events or SLOTS))
     kind = Grouped if spec.batch else Delivery
-    return kind(box.window, spec.max_attempts, Credit(cap, least), SLOTS, lanes=size)
+    return kind(box.window, spec.max_attempts, Credit(cap, least), SLOTS, at_a_time=size)

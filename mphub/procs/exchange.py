@@ -508,7 +508,7 @@ class Exchange:
         # sent again to a new router it is of a generation before its hello, which has given all back already
         before = box.window.loaded
         returned = report.returned and report.generation >= delivery.generation
-        finished = delivery.report(report.upto, failed | filtered, returned=returned, ended=report.ended)
+        finished = delivery.report(report.upto, failed | filtered, returned=returned, ended=report.ended, still=report.still)
         if box.quota is not None:
             box.quota.give_back(box.window.loaded - before)
         for output in report.outputs:

@@ -64,7 +64,7 @@ class Guardian:
 
     def _fork(self, ward: Ward, follows: Child | None = None) -> Child:
         folder = self.owner.folder
-        incarnation, board = make_child(ward.name, folder)
+        incarnation, board = make_child(ward.spec, folder)
         logs = folder / "logs" / f"{incarnation:x}"
         spec, address = ward.spec, self.owner.address
         child = Child(ward.name, incarnation, 0, -1, board, folder, tails(logs), ward.replica)
@@ -137,7 +137,7 @@ class Guardian:
     def _check_limit(self, child: Child, timeout: float, now: float) -> None:
         """End a process whose event overran; look again right before, as another may just have started."""
         running = child.sample(now)
-        if running is not None and running[1] > timeout and child.board.running_slot() == running[0]:
+        if running is not None and running[1] > timeout and child.board.is_running(running[0]):
             child.overran = running[0]
             # SIGABRT lets faulthandler write the stack, also of a handler that holds the GIL in C
             self._end(child, "limit", [(0.0, signal.SIGABRT), (0.5, signal.SIGKILL)])

@@ -9,13 +9,16 @@ import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mphub.core.keys import check_name, matches
 from mphub.errors import BatchFailed, HubError, InvalidOption, PayloadError, Reject, RetryLater
 from mphub.options import backoff
 from mphub.subscriber import Subscriber
 from mphub.wire.specs import Spec
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Runner:
     subscriber: Subscriber[Any, Any] | None = None
     close: Callable[[], None] = lambda: None
     is_async: bool = False
+    function: Callable[[Any], Any] = lambda payload: None
+    """What the handler is by itself: a coroutine function, if it is one."""
+    loop: asyncio.Runner | None = None
+    """Where its coroutines run."""
     wants: Callable[[Any], object] | None = None
     """Whether an event is for the handler at all."""
 
@@ -234,7 +241,7 @@ def _callable(function: Any) -> Runner:
     import asyncio  # half the imports of a child, for coroutine handlers only
 
     loop = asyncio.Runner()
-    return Runner(lambda payload: loop.run(function(payload)), close=loop.close, is_async=True)
+    return Runner(lambda payload: loop.run(function(payload)), close=loop.close, is_async=True, function=function, loop=loop)
 
 
 def _import(path: str) -> object:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from mphub.core.delivery import DONE, FILTERED, HANDLED, RUNNING
 from mphub.events import Event
 from mphub.procs.parcels import Parcel
+from mphub.procs.ways import Way
 from mphub.store.board import RECALLED, SLOTS
 from mphub.wire.frames import STOP
 
@@ -21,11 +22,11 @@ OUTPUT_BYTES: Final = 48 << 10
 MANY_FAILURES: Final = 16
 
 
-class OneByOne:
+class OneByOne(Way):
     """Handles the events of each parcel in their order."""
 
     def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+        super().__init__(worker)
         self.parcel: Parcel | None = None
         self.plain = worker.work.to is None and worker.spec.snapshot is None and worker.runner.wants is None
         self.last = 0

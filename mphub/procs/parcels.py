@@ -47,6 +47,16 @@ class Parcel:
     def number(self, place: int) -> int:
         return self.deliver.number + self.offsets[place]
 
+    def index(self, place: int) -> int:
+        """Return where an event is in its batch."""
+        return self.deliver.index + self.offsets[place]
+
+    @property
+    def batch(self) -> Batch:
+        if self._batch is None:
+            self._batch = self.deliver.batch.read()
+        return self._batch
+
     def slots(self) -> Sequence[int]:
         """Return where in the board's map the states of its events are."""
         first, offsets = self.deliver.number % SLOTS, self.offsets
@@ -56,14 +66,11 @@ class Parcel:
 
     def attempt(self, place: int) -> int:
         attempts = self.deliver.attempts
-        return attempts.get(self.deliver.index + self.offsets[place], 1) if attempts else 1
+        return attempts.get(self.index(place), 1) if attempts else 1
 
     def event(self, place: int, replica: int, *, cancelled: bool) -> Event:
         """Build an event as handlers see it, with a payload of its own: they may have changed what they got."""
         data = self.events[place]
         if self._is_alone:  # what they got is a view of that map
             data = self._blobs.read(self.deliver.batch.blob or "")
-        if self._batch is None:
-            self._batch = self.deliver.batch.read()
-        index, attempt = self.deliver.index + self.offsets[place], self.attempt(place)
-        return event_of(self._batch, index, self.loads(data), attempt, replica, cancelled=cancelled)
+        return event_of(self.batch, self.index(place), self.loads(data), self.attempt(place), replica, cancelled=cancelled)

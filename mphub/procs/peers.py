@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from mphub.core.delivery import DONE, FAILED, FILTERED, HANDLED, RUNNING, Held
+from mphub.core.delivery import WAITING, Held
 from mphub.procs.consumer import Consumer
 from mphub.procs.mailbox import Mailbox
 from mphub.store.board import Board
@@ -77,7 +77,7 @@ class Seat(Consumer):
 
     @property
     def holds_more_than_it_runs(self) -> bool:
-        return self.delivery.holding > self.delivery.lanes
+        return self.delivery.holding > self.delivery.at_a_time
 
     def may_take(self) -> bool:
         """Say whether more can be handed out to it."""
@@ -111,8 +111,9 @@ def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:
 
 def running_of(seat: Seat) -> int:
     """Count what a process has started and not yet had committed."""
-    states = b"".join(seat.board.states(held.number, held.count) for held in seat.delivery.held)
-    return sum(states.count(state) for state in (RUNNING, HANDLED, DONE, FAILED, FILTERED))
+    held = [(each.number - each.index, a, b) for each in seat.delivery.held for a, b in each.spans]
+    states = b"".join(seat.board.states(offset + a, b - a) for offset, a, b in held)
+    return len(states) - states.count(WAITING)
 
 
 def unpack_ids(ids: list[bytes] | None) -> set[int] | None:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ class Child:
     kill_at: list[tuple[float, int]] = field(default_factory=list)
     """The rest of the stop ladder: (when, signal)."""
     overran: int | None = None
-    running_since: tuple[int, float] | None = None
-    """(slot, when it was first seen running)."""
+    running_since: dict[int, float] = field(default_factory=dict)
+    """slot -> when it was first seen running."""
     weigh_at: float = 0.0
     """When to look next at how much memory it takes."""
     frost: fork.Frost = field(default_factory=fork.Frost)
@@ -151,21 +152,16 @@ class Child:
         return self.due
 
     def sample(self, now: float) -> tuple[int, float] | None:
-        """Note what runs; return (slot, seconds since it was first seen)."""
-        slot = self.board.running_slot()
-        if slot is None:
-            self.running_since = None
-            return None
-        if self.running_since is None or self.running_since[0] != slot:
-            self.running_since = (slot, now)
-        return slot, now - self.running_since[1]
+        """Note what runs; return (slot, seconds since it was first seen) of what has run longest."""
+        self.running_since = {slot: self.running_since.get(slot, now) for slot in self.board.running_slots()}
+        first = min(self.running_since.items(), key=itemgetter(1), default=None)
+        return None if first is None else (first[0], now - first[1])
 
     def forgive(self, seconds: float) -> None:
         """Do not count a time in which nobody could have done anything."""
         self.started += seconds
         self.kill_at = [(at + seconds, number) for at, number in self.kill_at]
-        if self.running_since is not None:
-            self.running_since = (self.running_since[0], self.running_since[1] + seconds)
+        self.running_since = {slot: since + seconds for slot, since in self.running_since.items()}
 
     def measure(self) -> tuple[float, int]:
         """Return percent of a core since the start, and resident bytes."""
@@ -329,7 +325,7 @@ def tails(logs: Path) -> dict[str, Tail]:
     return {stream: Tail(Path(f"{logs}.{stream}")) for stream in ("out", "err")}
 
 
-def make_child(name: str, folder: Path) -> tuple[int, Board]:
+def make_child(spec: Spec, folder: Path) -> tuple[int, Board]:
     """Draw an incarnation's number and make its board."""
     incarnation = int.from_bytes(os.urandom(8), "big")
-    return incarnation, Board(folder / "boards" / f"{incarnation:x}", create=True)
+    return incarnation, Board(folder / "boards" / f"{incarnation:x}", create=True, scattered=spec.concurrency > 1)

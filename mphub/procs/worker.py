@@ -11,19 +11,21 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from mphub import failpoints
 from mphub.connection import Address, connection_to
 from mphub.core.delivery import FAILED
-from mphub.core.spans import spans_of
+from mphub.core.spans import Spans, spans_of
 from mphub.errors import Reject, RetryLater
 from mphub.events import Event, EventId
 from mphub.procs import handlers
 from mphub.procs.batches import Batches
+from mphub.procs.crew import Crew
 from mphub.procs.one_by_one import OneByOne
 from mphub.procs.outputs import Outputs
 from mphub.procs.parcels import Parcel
+from mphub.procs.ways import Way
 from mphub.reply import Reply
 from mphub.store.blobs import Blobs
 from mphub.store.board import READY, SLOTS, Board
@@ -34,27 +36,15 @@ from mphub.wire.payloads import CODECS
 from mphub.wire.specs import Spec
 from mphub.wire.stream import Frame, Line
 
+SOON: Final = 1e-6
+"""Seconds: the shortest delay."""
 CONFIRMED_WITHIN: Final = 5.0
 """Seconds that the end of a process waits for its last confirms."""
 _deliver, _welcome, _confirmed = decoder(Deliver), decoder(Welcome), decoder(int)
 
 
-class Stopped(BaseException):
-    """SIGTERM came: leave at the next bytecode."""
-
-
-class Way(Protocol):
-    """How a process runs what it is given."""
-
-    @property
-    def epoch(self) -> int:
-        """That of what runs now."""
-
-    def run(self) -> None:
-        """Handle what comes until asked to stop."""
-
-    def current_events(self) -> list[Event]:
-        """Return what runs now."""
+class Stopped(SystemExit):
+    """SIGTERM came: leave at the next bytecode; asyncio lets this kind through."""
 
 
 class Worker:
@@ -74,7 +64,9 @@ class Worker:
         self.failures: list[Failure] = []
         self.replies: list[ReplyRow] = []
         self.filtered: list[int] = []
-        self.frame = 0
+        self.ended: list[int] = []
+        """What the next report is to name if something before it has not ended yet."""
+        self.frame = self.confirmed = 0
         self.claims: deque[tuple[int, int, list[int] | None]] = deque()
         """(first delivery number, count, offsets in there unless all) of what it has run and does not know to be committed."""
         self.generation = 0
@@ -107,7 +99,7 @@ class Worker:
         self.work = handlers.loads(data)
         self.runner = handlers.load(self.work, self.name, self.replica, batched=self.spec.batch is not None)
         self.runner.call = failpoints.between("worker.running", self.runner.call, "worker.returned")
-        self.way = OneByOne(self) if self.spec.batch is None else Batches(self, self.spec.batch)
+        self.way = self._choose_way()
         if self.runner.subscriber is not None:
             self.runner.subscriber.setup()
         failpoints.hit("worker.set_up")
@@ -124,6 +116,11 @@ class Worker:
         self._commit_outputs()
         failpoints.hit("worker.begun")
         self._send(frames.READY)
+
+    def _choose_way(self) -> Way:
+        if self.spec.concurrency > 1:
+            return Crew(self, self.spec.concurrency)
+        return OneByOne(self) if self.spec.batch is None else Batches(self, self.spec.batch)
 
     def _tear_down(self) -> None:
         failpoints.hit("worker.stopping")
@@ -148,24 +145,34 @@ class Worker:
     def _enter(self) -> Welcome:
         """Connect and say what this process holds; the router answers with the snapshot."""
         while True:
-            try:
-                line = Line.connect(self.address.data)
-                hello = HelloSubscriber(
-                    self.address.token, self.incarnation, self.is_ready, list(self._runs_claimed()), self.generation, self.frame
-                )
-                line.send(frames.HELLO_SUBSCRIBER, encode(hello))
-            except OSError:
-                time.sleep(0.01)  # between two routers; without a supervisor this process dies anyway
-                continue
-            got = line.receive()
-            if got is not None and got[0] == frames.WELCOME:
-                self.line = line
-                welcome = _welcome.decode(got[1])
-                self._forget_confirmed(welcome.confirmed)
-                failpoints.hit("worker.welcome")
-                return welcome
-            line.close()
-            time.sleep(0.01)
+            line = self.dial()
+            got = line.receive() if line is not None else None
+            if line is not None and got is not None and got[0] == frames.WELCOME:
+                return self.adopt(line, got[1])
+            if line is not None:
+                line.close()
+            time.sleep(0.01)  # between two routers; without a supervisor this process dies anyway
+
+    def dial(self) -> Line | None:
+        """Connect and say what this process holds; return None if nobody listens."""
+        claims = list(self.way.claims()) if self.way is not None else []
+        hello = HelloSubscriber(self.address.token, self.incarnation, self.is_ready, claims, self.generation, self.frame)
+        try:
+            line = Line.connect(self.address.data)
+            line.send(frames.HELLO_SUBSCRIBER, encode(hello))
+        except OSError:
+            return None
+        return line
+
+    def adopt(self, line: Line, header: bytes) -> Welcome:
+        """Go on with a router that has welcomed this process, and send again what it has not confirmed."""
+        self.line = line
+        welcome = _welcome.decode(header)
+        self._forget_confirmed(welcome.confirmed)
+        failpoints.hit("worker.welcome")
+        for _, _, data in self.unconfirmed:
+            self._write(data)
+        return welcome
 
     def receive(self, until: float | None = None) -> Frame:
         """Return the next frame; when the router has died, connect to its successor and resend what was not confirmed.
@@ -173,6 +180,8 @@ class Worker:
         Raises TimeoutError: it has not come by then, on the monotonic clock.
         """
         while True:
+            if self.line is None:
+                self._enter()
             assert self.line is not None
             if self._has_news and not self.line.has_frame():
                 self.report()  # idle: what waited for a snapshot goes now
@@ -180,14 +189,12 @@ class Worker:
             if got is not None:
                 return got
             self.line.close()
-            self._enter()
-            for _, _, data in self.unconfirmed:
-                self._write(data)
+            self.line = None
 
     @property
     def _has_news(self) -> bool:
         """Say whether something waits for a snapshot that is not due."""
-        return bool(self.unsaved or self.failures or self.filtered)
+        return bool(self.unsaved or self.failures or self.filtered or self.ended)
 
     def unpack(self, got: Frame) -> Parcel | None:
         """Return the events that a frame brings, if it is a delivery that counts; anything else is dealt with."""
@@ -200,7 +207,8 @@ class Worker:
         if deliver.generation < self.generation:
             return None  # handed out before this process gave everything back
         self.generation = deliver.generation
-        self.claims.append((deliver.number, deliver.count, deliver.chosen))
+        if self.spec.concurrency == 1:
+            self.claims.append((deliver.number, deliver.count, deliver.chosen))
         failpoints.hit("worker.read")
         return Parcel(deliver, body, self.blobs, self.codec)
 
@@ -210,13 +218,13 @@ class Worker:
             self._forget_confirmed(_confirmed.decode(header))
 
     def _forget_confirmed(self, frame: int) -> None:
-        upto = 0
+        upto, self.confirmed = 0, max(self.confirmed, frame)
         while self.unconfirmed and self.unconfirmed[0][0] <= frame:
             upto = self.unconfirmed.popleft()[1]
         while self.claims and self.claims[0][0] + self.claims[0][1] <= upto:
             self.claims.popleft()
 
-    def _runs_claimed(self) -> Iterator[tuple[int, int]]:
+    def claimed_frames(self) -> Iterator[tuple[int, int]]:
         """Yield (first delivery number, count) of what is claimed: what lies in between may be another replica's."""
         for first, count, chosen in self.claims:
             runs = [(0, count)] if chosen is None else spans_of(offset for offset in chosen if offset < count)
@@ -226,7 +234,8 @@ class Worker:
         self._write(frames.frame(kind, header))
 
     def _write(self, data: bytes) -> None:
-        assert self.line is not None
+        if self.line is None:
+            return  # it goes out once there is a router again
         failpoints.hit("worker.half_sent", self.line.sock.send, data)
         try:
             self.line.sock.sendall(data)
@@ -244,19 +253,23 @@ class Worker:
         """Note an event that is not wanted, for the next report."""
         self.outputs.fresh.clear()
         self.filtered.append(number)
+        self.ended.append(number)
         self.unsaved += self.spec.snapshot is not None
 
     def keep_result(self, parcel: Parcel, place: int, result: object) -> bool:
         """Publish a result under ``to`` and answer a request; say whether it did the latter."""
         if self.work.to is not None and result is not None:
             self.outputs.publish(self.work.to, self.codec.encode_apart(result, "result"), None)
-        deliver = parcel.deliver
-        if not deliver.batch.reply:
+        if not parcel.deliver.batch.reply:
             return False
-        data, blob = self.blobs.spill(self.codec.encode_apart(result, "result"))
-        number = deliver.batch.number + deliver.index + parcel.offsets[place]
-        self.replies.append(ReplyRow(deliver.batch.publisher, number, "ok", data, blob))
+        self.answer(parcel, place, self.codec.encode_apart(result, "result"))
         return True
+
+    def answer(self, parcel: Parcel, place: int, result: bytes | codec.Parts) -> None:
+        """Let a request have its result."""
+        data, blob = self.blobs.spill(result)
+        batch = parcel.deliver.batch
+        self.replies.append(ReplyRow(batch.publisher, batch.number + parcel.index(place), "ok", data, blob))
 
     def snapshot_is_due(self) -> bool:
         rule = self.spec.snapshot
@@ -265,14 +278,18 @@ class Worker:
 
     def is_the_end(self, error: BaseException) -> bool:
         """Say whether it ends this process: a death, not a failure of the event."""
-        return isinstance(error, SystemExit | Stopped)
+        return isinstance(error, SystemExit)
 
-    def fail(self, number: int, error: BaseException, attempt: int) -> bool:
+    def fail(self, number: int, error: BaseException, attempt: int, *, soon: bool = False) -> bool:
         """Note a failure; say whether something is to start before everything that this process holds: the event again, or nothing of its
         ordering key.
+
+        ``soon``: others may run beside it, so a retry without delay waits in a row of its own, if only for a moment.
         """
         self.board.map[Board.base + number % SLOTS] = FAILED
         retry, delay = handlers.retry_after(self.work, error, attempt)
+        delay = max(delay, SOON) if soon else delay
+        self.ended.append(number)
         reason = {Reject: "rejected", RetryLater: "later"}.get(type(error), "exception")
         text = codec.traceback_text(error)
         self.failures.append(Failure.here(number, reason, codec.encode_error(error), text, retry, delay))
@@ -292,17 +309,17 @@ class Worker:
         self.report(returned=True)
         self.generation += 1
 
-    def report(self, *, returned: bool = False) -> None:
+    def report(self, *, returned: bool = False, still: Spans | None = None) -> None:
         """Send acks, failures, outputs, replies and snapshot as one numbered frame."""
         failpoints.hit("worker.reporting")
         snapshot, blob = self._take_snapshot()
         self.frame += 1
         report = Report(
             self.frame, self.upto, self.ran, self.seconds, self.failures, self.outputs.take(), self.replies,
-            snapshot, blob, returned, self.generation, self.filtered, self._ended_early(),
+            snapshot, blob, returned, self.generation, self.filtered, self._ended_early(), still or [],
         )  # fmt: skip
         data = frames.frame(frames.REPORT, encode(report))
-        self.failures, self.replies, self.filtered, self.ran, self.seconds = [], [], [], 0, 0.0
+        self.failures, self.replies, self.filtered, self.ended, self.ran, self.seconds = [], [], [], [], 0, 0.0
         self.last_report = time.monotonic()
         self.unconfirmed.append((self.frame, self.upto, data))
         self._write(data)
@@ -310,8 +327,7 @@ class Worker:
 
     def _ended_early(self) -> list[tuple[int, int]]:
         """Return the numbers of what ended before others that came earlier."""
-        numbers = [*self.filtered, *(failure.number for failure in self.failures)]
-        return spans_of(sorted(number for number in numbers if number >= self.upto))
+        return spans_of(sorted(number for number in self.ended if number >= self.upto)) if self.ended else []
 
     def _take_snapshot(self) -> tuple[bytes | None, str | None]:
         if self.spec.snapshot is None or self.runner.subscriber is None or not self.unsaved:
@@ -324,13 +340,17 @@ class Worker:
     # -- what a handler may ask (Context)
 
     def publish(self, key: str, payload: object, extra: frames.Extra | None, *, now: bool) -> EventId:
+        return self.publish_with(self.outputs, key, payload, extra, now=now)
+
+    def publish_with(self, outputs: Outputs, key: str, payload: object, extra: frames.Extra | None, *, now: bool) -> EventId:
+        """Let an output be committed with the event that these are of, or send it now."""
         if now:
             epoch = self.way.epoch if self.way is not None else 0
             return connection_to(self.address).publish(key, payload, extra, epoch=epoch)
         data = self.codec.encode_apart(payload)
         if isinstance(data, codec.Parts):
             data = bytes(data)  # it goes out when the handler returns, which may change the payload until then
-        return EventId.make(self.incarnation, self.outputs.publish(key, data, extra))
+        return EventId.make(outputs.incarnation, outputs.publish(key, data, extra))
 
     def publish_together(self, events: list[tuple[str, bytes, frames.Extra | None]]) -> None:
         self.outputs.publish_together(events)
@@ -366,10 +386,10 @@ def run_worker(address: Address, spec: Spec, incarnation: int, replica: int, boa
         worker = Worker(address, spec, incarnation, replica, board)
         try:
             worker.run()
-        except SystemExit as error:
-            return error.code if isinstance(error.code, int) else int(error.code is not None)
         except Stopped:
             return 128 + signal.SIGTERM
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException as error:
             file.write(encode((codec.encode_error(error), codec.traceback_text(error))))
             return 1

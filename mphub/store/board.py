@@ -2,7 +2,8 @@
 
 Layout: flags and the count of events that were run, a ring of ranges (delivery number, count, batch row, index of the first event), a ring
 of state bytes, one per delivery number. The router writes ranges before it sends and counts what is committed, the subscriber writes
-states, the supervisor reads.
+states, the supervisor reads. A process that runs several events at a time may be long at work on one of them: so its board has, in place of
+the ranges, of each slot whose event it is.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ _STATES_AT: Final = _RINGS_AT + RANGES * _RANGE.size
 SIZE: Final = _STATES_AT + SLOTS
 _HEAD: Final = struct.Struct("<Q")
 _HEAD_AT: Final = 8
+_PLACE: Final = struct.Struct("<QQIB3x")
+"""Of one slot: delivery number, batch row, index of the event, whether it is cancelled."""
+LARGE: Final = SIZE + SLOTS * _PLACE.size
 _CANCELLED_AT: Final = 16
 _CANCELLED: Final = 6
 """Delivery numbers of events that are not wanted any more, the last ones; plus one, as 0 is none."""
+_FLAG_AT: Final = 20
 _ZEROES: Final = bytes(SLOTS)
 
 
@@ -38,17 +43,20 @@ class Board:
 
     base: Final = _STATES_AT
 
-    def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, create: bool = False, scattered: bool = False) -> None:
+        """Map a board, or make one: ``scattered`` for a process that runs several events at a time."""
         self.path = Path(path)
         with open(path, "x+b" if create else "r+b") as file:
             try:
                 if create:
-                    os.posix_fallocate(file.fileno(), 0, SIZE)  # a full tmpfs must say so here, not by SIGBUS later
-                self.map = mmap.mmap(file.fileno(), SIZE)
+                    os.posix_fallocate(file.fileno(), 0, LARGE if scattered else SIZE)  # a full tmpfs must say so here, not by SIGBUS later
+                self.map = mmap.mmap(file.fileno(), 0)
             except OSError:
                 if create:
                     self.path.unlink()
                 raise
+
+        self._has_places = len(self.map) > SIZE
 
     def close(self) -> None:
         self.map.close()
@@ -68,12 +76,19 @@ class Board:
     def hand_out(self, number: int, count: int, row: int, index: int) -> None:
         """Note a range and clear its states; to be called before the frame is sent."""
         self._clear(number, count)
+        if self._has_places:
+            for i in range(count):
+                _PLACE.pack_into(self.map, self._place_of(number + i), number + i, row, index + i, False)
+            return
         (written,) = _HEAD.unpack_from(self.map, _HEAD_AT)
         _RANGE.pack_into(self.map, _RINGS_AT + written % RANGES * _RANGE.size, number, count, row, index)
         _HEAD.pack_into(self.map, _HEAD_AT, written + 1)
 
     def ranges(self) -> Iterator[tuple[int, int, int, int]]:
-        """Yield the ranges that the ring still has, oldest first."""
+        """Yield the ranges that the ring still has, oldest first, or the last event of each slot."""
+        if self._has_places:
+            yield from sorted((number, 1, row, index) for number, row, index, _ in _PLACE.iter_unpack(self.map[SIZE:]) if row)
+            return
         (written,) = _HEAD.unpack_from(self.map, _HEAD_AT)
         for i in range(max(0, written - RANGES), written):
             number, count, row, index = _RANGE.unpack_from(self.map, _RINGS_AT + i % RANGES * _RANGE.size)
@@ -90,9 +105,14 @@ class Board:
 
     def cancel(self, number: int) -> None:
         """Tell a handler that asks that its event is not wanted any more."""
+        if self._has_places:
+            self.map[self._place_of(number) + _FLAG_AT] = True
+            return
         _HEAD.pack_into(self.map, _CANCELLED_AT + number % _CANCELLED * _HEAD.size, number + 1)
 
     def is_cancelled(self, number: int) -> bool:
+        if self._has_places:
+            return self.map[self._place_of(number) + _FLAG_AT] != 0
         return bool(_HEAD.unpack_from(self.map, _CANCELLED_AT + number % _CANCELLED * _HEAD.size)[0] == number + 1)
 
     def finished_any(self) -> bool:
@@ -106,12 +126,28 @@ class Board:
 
     def number_at(self, slot: int) -> int | None:
         """Return the newest delivery number that uses a slot."""
+        if self._has_places:
+            number, row, _, _ = _PLACE.unpack_from(self.map, self._place_of(slot))
+            return int(number) if row else None
         newest = None
         for number, count, _, _ in self.ranges():
             offset = (slot - number) % SLOTS
             if offset < count:
                 newest = number + offset
         return newest
+
+    def running_slots(self) -> Iterator[int]:
+        """Yield the slots of all events that run now."""
+        found = self.map.find(b"\x01", _STATES_AT, SIZE)
+        while found >= 0:
+            yield found - _STATES_AT
+            found = self.map.find(b"\x01", found + 1, SIZE)
+
+    def is_running(self, slot: int) -> bool:
+        return self.map[_STATES_AT + slot] == 1
+
+    def _place_of(self, number: int) -> int:
+        return SIZE + number % SLOTS * _PLACE.size
 
     def _clear(self, number: int, count: int) -> None:
         first = number % SLOTS

@@ -350,6 +350,8 @@ class Report(Wire, frozen=True):
     """Delivery numbers of events that ``where`` does not want."""
     ended: list[tuple[Number, Number]] = []
     """Delivery numbers from ``upto`` on that have run nevertheless, [first, last), ascending."""
+    still: list[tuple[Number, Number]] = []
+    """Those that run on though the rest was given back."""
 
 
 class Call(Wire, frozen=True):

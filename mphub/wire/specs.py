@@ -36,5 +36,7 @@ class Spec(msgspec.Struct, frozen=True):
     ordered: bool = False
     """Events of one ordering key are handled one after the other, by whatever process."""
     batch: Batch | None = None
+    concurrency: int = 1
+    """Events that one process runs at a time."""
     initializer: bytes = b""
     """Pickled; called in each process before the handler is loaded."""

@@ -74,10 +74,32 @@ def test_a_slot_is_of_the_newest_number_that_uses_it(board: Board) -> None:
     assert board.number_at(20) is None
 
 
+def test_a_board_of_one_that_runs_several_remembers_each_slot(tmp_path: Path) -> None:
+    board = Board(tmp_path / "board", create=True, scattered=True)
+    board.hand_out(5, 1, 1, 0)
+    for n in range(RANGES + 10):
+        board.hand_out(100 + n, 1, 2, n)
+    board.hand_out(SLOTS + 100, 3, 3, 7)
+    other = Board(board.path)
+    found = list(other.ranges())
+    assert (found[0], found[-1], len(found)) == ((5, 1, 1, 0), (SLOTS + 102, 1, 3, 9), RANGES + 11)
+    assert (other.number_at(5), other.number_at(101), other.number_at(50)) == (5, SLOTS + 101, None)
+    for number in range(5, 15):
+        board.cancel(100 + number)
+    assert all(other.is_cancelled(100 + number) for number in range(5, 15))
+    board.hand_out(SLOTS + 105, 1, 3, 10)
+    assert not other.is_cancelled(SLOTS + 105)
+    board.close()
+    other.close()
+
+
 def test_what_runs_is_found(board: Board) -> None:
     assert board.running_slot() is None
     mark(board, SLOTS + 9, 1)
-    assert board.running_slot() == 9
+    mark(board, 3, 1)
+    assert board.running_slot() == 3
+    assert list(board.running_slots()) == [3, 9]
+    assert board.is_running(9)
     assert not board.finished_any()
 
 

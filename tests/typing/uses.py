@@ -217,6 +217,8 @@ assert_type(hub.subscribe("numbers", double, batch=None), Subscription[int, int]
 hub.subscribe(ORDERS, double_all, batch=Batch())  # error
 hub.subscribe(NUMBERS, double, batch=Batch())  # error
 hub.subscribe("numbers", double_all, batch=10)  # error
+assert_type(hub.subscribe("numbers", fetch, concurrency=10), Subscription[int, bytes])
+hub.subscribe("numbers", fetch, concurrency="10")  # error
 hub.subscribe("numbers", double, "double")  # error
 hub.subscribe("numbers")  # error
 

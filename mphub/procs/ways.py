@@ -1,0 +1,36 @@
+"""What the ways to run have in common: how a subscriber's process handles what it is given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mphub.events import Event
+
+if TYPE_CHECKING:
+    from mphub.procs.worker import Worker
+
+
+class Way(ABC):
+    """One of them."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    @abstractmethod
+    def run(self) -> None:
+        """Handle what comes until asked to stop."""
+
+    @property
+    @abstractmethod
+    def epoch(self) -> int:
+        """That of what runs now."""
+
+    @abstractmethod
+    def current_events(self) -> list[Event]:
+        """Return what runs now."""
+
+    def claims(self) -> Iterator[tuple[int, int]]:
+        """Yield (first delivery number, count) of what has been read and is not known to be committed."""
+        return self.worker.claimed_frames()
