@@ -52,7 +52,8 @@ class Engine(Protocol):
 
     def subscribe(self, specs: Sequence[Spec]) -> None: ...
     def replace(self, spec: Spec) -> None: ...
-    def unsubscribe(self, name: str, *, drain: bool) -> None: ...
+    def unsubscribe(self, name: str, *, drain: bool, forget: bool) -> None: ...
+    def forget(self, name: str) -> None: ...
     def restart(self, name: str) -> None: ...
     def pause(self, name: str) -> None: ...
     def resume(self, name: str) -> None: ...
@@ -79,11 +80,11 @@ class Engine(Protocol):
 class ProcessEngine:
     """The hub's own processes."""
 
-    def __init__(self, address: Address, max_bytes: int, stop: Stop, console: Console) -> None:
-        self.address, self.stop, self.codec = address, stop, CODECS[address.codec]
-        boot.sweep(Path(address.folder).parent)
+    def __init__(self, charter: boot.Charter, durable: Path | None, stop: Stop, console: Console) -> None:
+        address = charter.address
+        self.address, self.stop, self.codec, self.keeps = address, stop, CODECS[address.codec], charter.keep
         self.console = console
-        self.client = Client(address, max_bytes, stop.ask, stop.term, console.hear)
+        self.client = Client(charter, durable, console.hear)
         self.connection = connection_to(address)
         self.publish_plain: Callable[[str | Topic[Any], object], EventId] | None = self.connection.publish_plain
         self.blobs = Blobs(f"{address.folder}/blobs", int.from_bytes(address.token[:8], "big"))
@@ -111,13 +112,21 @@ class ProcessEngine:
         data, blob = self.blobs.spill(spec.handler)
         return msgspec.msgpack.encode(msgspec.structs.replace(spec, handler=data, handler_blob=blob))
 
-    def unsubscribe(self, name: str, *, drain: bool) -> None:
+    def unsubscribe(self, name: str, *, drain: bool, forget: bool) -> None:
         self.connection.flush()
+        if self.keeps and not forget:  # what waits stays, and so need not be waited for
+            self.client.call("unsubscribe", name=name, keep=True)
+            self._replicas.pop(name, None)
+            return
         self.client.call("stop_routing", name=name)
         while drain and self.state_of(name)[0] not in ("FATAL", "STOPPED", "PAUSED") and self._left(name):
             time.sleep(0.01)
-        self.client.call("unsubscribe", name=name)
+        self.client.call("unsubscribe", name=name, keep=False)
         self._replicas.pop(name, None)
+
+    def forget(self, name: str) -> None:
+        self.client.call("stop_routing", name=name)
+        self.client.call("forget", name=name, reason="forgotten")
 
     def _left(self, name: str) -> int:
         found = self.statistics().subscribers[name]
@@ -232,8 +241,11 @@ class LocalEngine:
     def replace(self, spec: Spec) -> None:
         self.local.replace(spec)
 
-    def unsubscribe(self, name: str, *, drain: bool) -> None:
+    def unsubscribe(self, name: str, *, drain: bool, forget: bool) -> None:
         self.local.unsubscribe(name, drain=drain)
+
+    def forget(self, name: str) -> None:
+        """Nobody is absent here: a name that is not subscribed has nothing that waits."""
 
     def restart(self, name: str) -> None:
         self.local.restart(name)

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from os import getpid
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, Unpack, overload
 
@@ -115,7 +116,9 @@ class EventHub:
 
     No side effect before ``start()`` or ``with``; thread-safe; pickles as a handle to itself that can publish.
 
-    path: a folder for a durable journal (not available yet). name: shown in messages. engine: ``process``, ``thread`` or ``inline``.
+    path: a folder for a journal that outlives the hub: the same program on the same folder goes on where it stopped, however it ended.
+    durability: what a durable hub survives: the end of any ``process``, or also loss of ``power`` (slower). name: shown in messages.
+    engine: ``process``, ``thread`` or ``inline``.
     max_bytes: bound of journal and blobs together, a size or a percentage of the memory that holds them. unmatched: ``warn`` or
     ``ignore`` for events that nobody subscribes to. check: leaving ``with`` raises DeadLettersLeft. propagate: inline publishes raise the
     handler's exception (default there). initializer: called without arguments in each subscriber's process before its handler is loaded;
@@ -141,14 +144,12 @@ class EventHub:
         notify: Sequence[str] = (),
         dashboard: None = None,
     ) -> None:
-        refuse_unavailable(
-            path=(path, None),
-            durability=(durability, "process"),
-        )
         refuse_unavailable(retention=(retention, None), notify=(notify or (), ()), dashboard=(dashboard, None))
         check_types(stop=(stop, Stop), check=(check, bool), propagate=(propagate, bool | None))
         check_choice("EventHub", "engine", engine, ("process", "thread", "inline"))
         check_choice("EventHub", "codec", codec, tuple(CODECS))
+        check_choice("EventHub", "durability", durability, ("process", "power"))
+        self._durable = durable_path(path, engine, durability)
         if initializer is not None and not callable(initializer):
             raise InvalidOption(f"EventHub(initializer): got {initializer!r:.60}; expected a function without arguments")
         check_choice("EventHub", "unmatched", unmatched, ("warn", "ignore"))
@@ -163,7 +164,8 @@ class EventHub:
         self._initializer = initializer
         self._packed_initializer = encode(initializer, "initializer") if initializer is not None and engine == "process" else b""
         self._kind, self._check, self._stop, self._unmatched = engine, check, stop, unmatched
-        self._capacity = boot.capacity(parent)
+        self._power = durability == "power"
+        self._capacity = boot.capacity(parent) if self._durable is None else boot.capacity(self._durable, durable=True)
         self._max_bytes = parse_share(max_bytes, self._capacity)
         self._propagate = engine == "inline" if propagate is None else propagate
         folder = parent / f"mphub-{os.getuid()}-{os.urandom(4).hex()}"
@@ -179,6 +181,8 @@ class EventHub:
         self._engine: Engine | None = None
         self._final: tuple[HubStatistics, list[DeadLetter]] | None = None
         self._given_up = 0
+        self._began = 0.0
+        """When this run of a durable hub began: what died before has been told."""
         self._lock = threading.RLock()
         self._is_ours = True
         """This is the process that made it, not one that was forked or sent it; asking for the pid takes a microsecond."""
@@ -221,6 +225,7 @@ class EventHub:
             if self._engine is not None:
                 raise HubError(f"hub {self.name!r} is running already: call start() once, or stop() first")
             self._final, self._given_up = None, 0
+            self._began = time.time() if self._durable is not None else 0.0
             if self._is_small and self._kind == "process":
                 self._console.notice(
                     "fallback",
@@ -235,6 +240,8 @@ class EventHub:
                 if self._initializer is not None and self._kind != "process":
                     self._initializer()
                 self._engine.subscribe([subscription._spec for subscription in self._subscriptions.values()])
+                if self._durable is not None:
+                    self._name_absent(self._engine)
             self._up.set()
         if wait:
             with self._or_stop():
@@ -254,7 +261,9 @@ class EventHub:
             return InlineEngine(self._address, self._max_bytes, self._console, self._clock, propagate=self._propagate)
         if self._kind == "thread":
             return ThreadEngine(self._address, self._max_bytes, self._stop, self._console)
-        return ProcessEngine(self._address, self._max_bytes, self._stop, self._console)
+        ask, term, run, keep = self._stop.ask, self._stop.term, os.urandom(16), self._durable is not None
+        charter = boot.charter(self._address, self._max_bytes, ask, term, run=run, keep=keep, power=self._power)
+        return ProcessEngine(charter, self._durable, self._stop, self._console)
 
     def _wait_all(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -296,7 +305,7 @@ class EventHub:
             self._up.clear()
             engine.close()
         if self._final is not None:
-            farewell(self.name, self._final[0], self._given_up)
+            farewell(self.name, self._final[0], self._given_up, "kept" if self._durable is not None else "given up")
 
     def _stop_at_exit(self) -> None:
         """An unstopped hub is stopped without drain at interpreter exit."""
@@ -328,7 +337,7 @@ class EventHub:
         counts: dict[str, dict[str, int]] = {}
         first: DeadLetter | None = None
         for letter in self._final[1]:
-            if letter.told:
+            if letter.told or letter.at < self._began:
                 continue
             first = first or letter
             reasons = counts.setdefault(letter.subscriber, {})
@@ -464,7 +473,9 @@ class EventHub:
         self._must_own_unless_importing("subscribe")
         inbox = msgspec.structs.replace(inbox, max_bytes=parse_share(inbox.max_bytes, self._capacity, "Inbox(max_bytes)"))
         with self._lock:
-            free = self._subscriptions.free_name(handler, name, replace=replace or is_interactive(), batched=batch is not None)
+            free = self._subscriptions.free_name(
+                handler, name, replace=replace or is_interactive(), batched=batch is not None, durable=self._durable is not None
+            )
             spec = make_spec(
                 keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where,
                 ordered, rate, recycle, batch, concurrency,
@@ -736,6 +747,26 @@ class EventHub:
         """Drop dead letters, counted as ``purged``; return how many."""
         return self._running("purge").purge(self._known(name), ids)
 
+    def forget(self, name: str) -> None:
+        """Drop what waits in a durable hub for a name that nobody has subscribed in this run, counted as ``forgotten``, and the name.
+
+        Raises NoSubscriber: nobody is called so; HubError: it is subscribed, and would be without what it waits for.
+        """
+        engine = self._running("forget")
+        with self._lock:
+            if name in self._subscriptions:
+                raise HubError(f"{name!r} is subscribed: unsubscribe(forget=True) ends it and drops what waits")
+            engine.forget(str(self._known(name)))
+
+    def _name_absent(self, engine: Engine) -> None:
+        """Say for whom events wait whom nobody has subscribed."""
+        found = engine.statistics().subscribers
+        waiting = {name: one.waiting for name, one in found.items() if name not in self._subscriptions and one.waiting}
+        if waiting:
+            counts = ", ".join(f"{name} ({count:,} events)" for name, count in waiting.items())
+            message = f"nobody has subscribed {counts}: that waits, and so will what is published for them, until forget(name)"
+            self._console.notice("absent", None, message, {"waiting": waiting})
+
     def _known(self, name: str | None) -> str | None:
         """Return the name of somebody who is or was subscribed in this run, or None for all."""
         if name is None or name in self._subscriptions or name in self.statistics().subscribers:
@@ -783,7 +814,7 @@ class EventHub:
             subscription._spec = msgspec.structs.replace(subscription._spec, **fields)
             self._subscriptions.changed()
 
-    def _unsubscribe(self, subscription: Subscription[Any, Any], *, drain: bool) -> None:
+    def _unsubscribe(self, subscription: Subscription[Any, Any], *, drain: bool, forget: bool) -> None:
         self._must_own("unsubscribe")
         name = subscription.name
         if self._subscriptions.get(name) is not subscription:
@@ -793,7 +824,7 @@ class EventHub:
             self._leaving.add(name)
         try:
             if self._engine is not None:
-                self._engine.unsubscribe(name, drain=drain)
+                self._engine.unsubscribe(name, drain=drain, forget=forget)
             self._subscriptions.pop(name, None)
             self._subscriptions.changed()
         finally:
@@ -882,6 +913,22 @@ def _leave_the_short_way() -> None:
 
 _hubs: weakref.WeakSet[EventHub] = weakref.WeakSet()
 os.register_at_fork(after_in_child=_leave_the_short_way)
+
+
+def durable_path(path: str | os.PathLike[str] | None, engine: str, durability: str) -> Path | None:
+    """Return the folder of a durable hub.
+
+    Raises InvalidOption.
+    """
+    if path is None and durability != "process":
+        raise InvalidOption(f"EventHub(durability): got {durability!r} without a path, a hub in memory; expected EventHub('folder', ...)")
+    if path is None:
+        return None
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in os.fspath(path):
+        raise InvalidOption(f"EventHub(path): got {path!r:.80}; expected a folder, or None for a hub in memory")
+    if engine != "process":
+        raise InvalidOption(f"EventHub(path): got {str(path)!r} with engine={engine!r}, which keeps events in memory; use engine='process'")
+    return Path(path).absolute()
 
 
 def default_name() -> str:

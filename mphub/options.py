@@ -177,7 +177,8 @@ class Inbox(msgspec.Struct, frozen=True):
 
     ``block`` makes publishers of its keys wait while it is RUNNING; ``dead_letter`` makes dead letters with reason ``overflow``;
     ``drop_oldest`` and ``drop_newest`` drop, counted as ``overflow``; ``latest`` keeps the newest event of each key, whatever the size, and
-    drops the oldest keys beyond it.
+    drops the oldest keys beyond it. ``expires``: seconds after which, in a durable hub, what waits for a name that nobody subscribes is
+    dropped, with a notice.
     """
 
     maxsize: int = 100_000
@@ -190,7 +191,7 @@ class Inbox(msgspec.Struct, frozen=True):
         msgspec.structs.force_setattr(self, "max_bytes", check_share(self.max_bytes, "Inbox(max_bytes)"))
         check_choice("Inbox", "overflow", self.overflow, OVERFLOWS)
         if self.expires is not None:
-            raise InvalidOption("Inbox(expires): not available in this version; leave it None")
+            check_number("Inbox", "expires", self.expires, 0)
 
 
 class Limits(msgspec.Struct, frozen=True):

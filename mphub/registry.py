@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mphub.core.keys import MAX_CACHED, matches, nearest
-from mphub.errors import AmbiguousKey, NameTaken, NoSubscriber
+from mphub.errors import AmbiguousKey, InvalidOption, NameTaken, NoSubscriber
 from mphub.procs import handlers
 from mphub.subscribing import Handler
 from mphub.subscription import Subscription
@@ -19,7 +19,7 @@ class Registry(dict[str, Subscription[Any, Any]]):
         self._answering: dict[str, str] = {}
         """key -> who answers it, of those that were asked for."""
 
-    def free_name(self, handler: Handler, name: str | None, *, replace: bool = False, batched: bool = False) -> str:
+    def free_name(self, handler: Handler, name: str | None, *, replace: bool = False, batched: bool = False, durable: bool = False) -> str:
         """Return the name asked for, or one after the handler; the same handler once more gets a number, unless it is to be replaced.
 
         Raises InvalidOption, NameTaken.
@@ -30,10 +30,14 @@ class Registry(dict[str, Subscription[Any, Any]]):
             return name
         handlers.check_handler(handler, batched=batched)
         base = handlers.default_name(handler)
+        nameless = isinstance(handler, str) or getattr(handler, "__name__", "<lambda>") == "<lambda>"
         taken = self.get(base)
+        if durable and (nameless or taken is not None):
+            raise InvalidOption(
+                f"name: got None for {handler!r:.60}; expected a name, which a durable hub does not guess: by it is found what waits"
+            )
         if taken is None:
             return base
-        nameless = isinstance(handler, str) or getattr(handler, "__name__", "<lambda>") == "<lambda>"
         if replace and not nameless:
             return base
         if taken._handler is not handler and not nameless:

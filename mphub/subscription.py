@@ -102,9 +102,10 @@ class Subscription(Generic[T, R]):
     def unsubscribe(self, *, drain: bool = True, forget: bool = False) -> None:
         """Route nothing more to it, let it finish what waits (or drop that, counted as ``unsubscribed``), and end it.
 
-        Of one that is FATAL, STOPPED or PAUSED what waits is dropped in any case.
+        Of one that is FATAL, STOPPED or PAUSED what waits is dropped in any case. A durable hub ends only its processes, unless told to
+        ``forget``: what waits, and what is published for it from now on, waits for the next subscriber of its name.
         """
-        self._hub._unsubscribe(self, drain=drain)
+        self._hub._unsubscribe(self, drain=drain, forget=forget)
 
     def statistics(self) -> SubscriberStatistics:
         return self._hub.statistics().subscribers[self.name]

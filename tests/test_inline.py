@@ -656,8 +656,7 @@ def test_what_is_not_there_yet_is_refused_with_a_sentence(engine: str) -> None:
         {"process": "other"}, {"start": "all"},
     ]  # fmt: skip
     making: list[dict[str, Any]] = [
-        {"path": "folder"}, {"durability": "power"}, {"retention": 1}, {"notify": ["mailto:a"]},
-        {"dashboard": 80},
+        {"retention": 1}, {"notify": ["mailto:a"]}, {"dashboard": 80},
     ]  # fmt: skip
     for options in subscribing:
         with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}: got .* this version has only"):

@@ -96,9 +96,10 @@ def test_a_wrong_value_is_refused_and_its_field_named(make: Callable[[], Option]
         make()
 
 
-def test_expires_is_refused_with_a_sentence() -> None:
-    with pytest.raises(InvalidOption, match=r"Inbox\(expires\): not available"):
-        Inbox(expires=5.0)
+@pytest.mark.parametrize("seconds", [-1, float("nan"), "1h", True])
+def test_expires_is_a_number_of_seconds(seconds: Any) -> None:
+    with pytest.raises(InvalidOption, match=r"Inbox\(expires\)"):
+        Inbox(expires=seconds)
 
 
 def test_retry_takes_everything_but_attempts_by_keyword() -> None:

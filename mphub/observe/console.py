@@ -140,12 +140,12 @@ def _failed(notice: Notice) -> str:
     return f"{notice.subscriber}: event {details['id']} of key {details['key']!r} failed, attempt {details['attempt']}{more}"
 
 
-def farewell(name: str, statistics: HubStatistics, given_up: int) -> None:
+def farewell(name: str, statistics: HubStatistics, left: int, what: str) -> None:
     """Say how it went, in one line: to the log, or to stderr if there is none."""
     subscribers = statistics.subscribers.values()
     line = (
         f"mphub: hub {name!r} stopped: {sum(s.handled for s in subscribers):,} handled, {sum(s.dead for s in subscribers):,} dead, "
-        f"{statistics.unmatched:,} unmatched, {given_up:,} given up"
+        f"{statistics.unmatched:,} unmatched, {left:,} {what}"
     )
     if log.hasHandlers():
         log.info(line)

@@ -22,13 +22,17 @@ import psutil
 from mphub.connection import Address
 from mphub.errors import HubExists, StartFailed
 from mphub.procs import fork
+from mphub.store.folder import PARTS, DurableFolder
 from mphub.store.journal import lock_file
+from mphub.store.verify import check_journal
 
 SMALL = 256 << 20
 """Bytes that /dev/shm must have free to hold a hub's folder."""
 FRESH = 10.0
 """Seconds for which a folder without an owner may still be getting one."""
 STARTED = b"started"
+SUPERVISOR = "supervisor"
+"""The name of its record."""
 _ours: set[Path] = set()
 """Folders of this process's hubs: opening their locks here would drop them."""
 
@@ -42,6 +46,18 @@ class Charter(msgspec.Struct, frozen=True):
     max_bytes: int
     ask: float
     term: float
+    run: bytes = b""
+    """Names a run of the hub: its supervisors follow one another in it."""
+    keep: bool = False
+    """What waits outlives the run."""
+    power: bool = False
+    """Each commit is on the disk before it counts."""
+
+
+def charter(address: Address, max_bytes: int, ask: float, term: float, *, run: bytes, keep: bool, power: bool) -> Charter:
+    """Make a charter in which this process is the hub's."""
+    pid = os.getpid()
+    return Charter(address, pid, fork.start_ticks(pid), max_bytes, ask, term, run, keep, power)
 
 
 def runtime_parent() -> tuple[Path, bool]:
@@ -54,13 +70,20 @@ def runtime_parent() -> tuple[Path, bool]:
     return Path(tempfile.gettempdir()), True
 
 
-def make_folder(folder: Path) -> IO[bytes]:
-    """Make a runtime folder that only this user can enter; return its ``hub`` file, locked for as long as this process is its hub's."""
+def make_folder(folder: Path, durable: Path | None = None) -> IO[bytes]:
+    """Make a runtime folder that only this user can enter; return its ``hub`` file, locked for as long as this process is its hub's.
+
+    What a durable hub keeps is in a folder of its own, to which there are links here.
+    """
     folder.mkdir(mode=0o700)
     lock = lock_file(folder / "hub")
     _ours.add(folder)
-    for name in ("journal", "boards", "blobs", "logs", "children"):
-        (folder / name).mkdir(mode=0o700)
+    (folder / "logs").mkdir(mode=0o700)
+    for name in PARTS:
+        if durable is None:
+            (folder / name).mkdir(mode=0o700)
+        else:
+            (folder / name).symlink_to(durable / name)
     return lock
 
 
@@ -94,6 +117,23 @@ def _sweep_one(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def take_over(path: Path) -> DurableFolder:
+    """Take a durable hub's folder from its last owner, and end what that has left.
+
+    Raises HubExists, InvalidOption, JournalError.
+    """
+    folder = DurableFolder(path)
+    try:
+        if folder.was_cut_off:
+            folder.forget_processes()
+            check_journal(path)
+        kill_recorded(path)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
 def kill_recorded(folder: Path, within: float = 2.0) -> None:
     """Kill the sessions of all children that a dead supervisor has recorded, and wait until they are gone, at most some seconds."""
     deadline = time.monotonic() + within
@@ -110,8 +150,8 @@ def kill_recorded(folder: Path, within: float = 2.0) -> None:
 
 
 def recorded(folder: Path) -> Iterator[tuple[int, int]]:
-    """Yield (pid, start time) of the children that are on record."""
-    for record in (folder / "children").glob("*"):
+    """Yield (pid, start time) of the processes that are on record: the supervisor first, which would start others anew."""
+    for record in sorted((folder / "children").glob("*"), key=lambda record: record.name != SUPERVISOR):
         with contextlib.suppress(OSError, ValueError):
             pid, ticks = map(int, record.read_text().split())
             yield pid, ticks
@@ -213,7 +253,8 @@ def cpu_limit() -> int:
     return cores
 
 
-def capacity(folder: Path) -> int:
-    """Return what a percentage of ``max_bytes`` is of: the disk or memory that holds the folder."""
-    space = os.statvfs(folder)
-    return min(space.f_blocks * space.f_frsize, memory_limit())
+def capacity(folder: Path, *, durable: bool = False) -> int:
+    """Return what a percentage of ``max_bytes`` is of: the disk or memory that holds the folder (or will)."""
+    space = os.statvfs(next(path for path in (folder, *folder.parents) if path.exists()))
+    size = space.f_blocks * space.f_frsize
+    return size if durable else min(size, memory_limit())

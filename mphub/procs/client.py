@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import shutil
 import subprocess
 import threading
@@ -15,7 +14,6 @@ from concurrent.futures import TimeoutError as WaitTimeout
 from pathlib import Path
 from typing import Any
 
-from mphub.connection import Address
 from mphub.errors import HubClosed, HubFailed, StartFailed
 from mphub.procs import boot, fork
 from mphub.wire import frames
@@ -38,9 +36,9 @@ _answer, _push = decoder(Answer), decoder(Push)
 class Client:
     """A hub's line to its supervisor. Thread-safe."""
 
-    def __init__(self, address: Address, max_bytes: int, ask: float, term: float, hear: Callable[[str, dict[str, Any]], None]) -> None:
-        self.address, self._hear = address, hear
-        self.folder = Path(address.folder)
+    def __init__(self, charter: boot.Charter, durable: Path | None, hear: Callable[[str, dict[str, Any]], None]) -> None:
+        self.address, self._hear, self._charter = charter.address, hear, charter
+        self.folder = Path(self.address.folder)
         self.states: dict[str, tuple[str, bytes, str]] = {}
         self.changed = threading.Condition()
         self._numbers = itertools.count(1)
@@ -51,14 +49,15 @@ class Client:
         self._torn = 0
         self._frost = fork.Frost()
         self._lock = threading.Lock()
-        pid = os.getpid()
-        self._charter = boot.Charter(address, pid, fork.start_ticks(pid), max_bytes, ask, term)
-        self._lock_of_folder = boot.make_folder(self.folder)
-        try:
+        self.durable = None if durable is None else boot.take_over(durable)
+        boot.sweep(self.folder.parent)
+        with contextlib.ExitStack() as undo:
+            if self.durable is not None:
+                undo.callback(self.durable.close)
+            self._lock_of_folder = boot.make_folder(self.folder, durable)
+            undo.callback(self._remove_folder)
             self.process, self._line = self._launch()
-        except BaseException:
-            self._remove_folder()
-            raise
+            undo.pop_all()
         self._thread = threading.Thread(target=self._run, name="mphub-control", daemon=True)
         self._thread.start()
 
@@ -145,6 +144,8 @@ class Client:
             boot.kill_recorded(self.folder)
         self._thread.join(2.0)
         self._remove_folder()
+        if self.durable is not None:
+            self.durable.close()
 
     def _run(self) -> None:
         """Read until the hub ends; whatever ends it, nobody waits for ever."""

@@ -28,7 +28,7 @@ from mphub.errors import JournalError
 from mphub.observe.limiter import Limiter
 from mphub.procs.consumer import Consumer
 from mphub.procs.letters import Cause, Letters
-from mphub.procs.mailbox import LASTING, Mailbox, event_id, single_portion
+from mphub.procs.mailbox import ABSENT, LASTING, Mailbox, event_id, single_portion
 from mphub.procs.recovery import recover
 from mphub.procs.room import Room
 from mphub.procs.taps import Taps
@@ -204,6 +204,8 @@ class Exchange:
                 self.references.end(old.spec.handler_blob)
             old.adopt(spec, self.admitted)
             box = old
+            if box.is_absent:
+                self.set_status(spec.name, "STARTING")
         else:
             number = 1 + max((b.number for b in self.boxes.values()), default=0)
             box = Mailbox.make(spec, SubscriberState(number, self.next_row, Counters()), self.admitted)
@@ -213,6 +215,21 @@ class Exchange:
         self.journal.put("subscribers", b"d" + spec.name.encode(), encode(spec))
         self.journal.delete("subscribers", b"u" + spec.name.encode())
         self.touch(box)
+
+    def begin_run(self, run: bytes) -> None:
+        """Begin with what an earlier run of the hub has left, unless this one has begun already: its publishers are dead, and nobody is
+        subscribed yet.
+        """
+        if self.journal.get("meta", b"run") == run:
+            return
+        self.journal.put("meta", b"run", run)
+        self.closed = False
+        self.journal.delete("meta", b"closed")
+        for publisher in list(self.homes):
+            self.forget_publisher(publisher)
+        for box in self.boxes.values():
+            if not box.gone and not box.is_absent:
+                self.set_status(box.name, ABSENT)
 
     def unsubscribe(self, name: str) -> None:
         """Route nothing more to a subscriber, also under the next router."""
@@ -257,6 +274,9 @@ class Exchange:
             self.journal.put("subscribers", b"t" + name.encode(), status.encode())
         elif box.status in LASTING:
             self.journal.delete("subscribers", b"t" + name.encode())
+        if status == ABSENT:
+            box.state.absent_since = self.clock()
+            self.touch(box)
         box.status = status
         self._note_full(box)
         if box.given_up:
@@ -395,7 +415,8 @@ class Exchange:
     def _match_request(self, batch: Batch) -> dict[Mailbox, Spans]:
         """Find the one subscriber that answers, or end the requests."""
         key = batch.key(0)
-        boxes = self._named(batch.target) if batch.target is not None else tuple(box for box in self.table.match(key) if box.spec.answers)
+        found = self._named(batch.target) if batch.target is not None else (box for box in self.table.match(key) if box.spec.answers)
+        boxes = tuple(box for box in found if not box.is_absent)
         outcome, message = "", ""
         if not boxes:
             outcome, message = "nobody", self._nobody(batch.target or key)
@@ -661,11 +682,21 @@ class Exchange:
     def wake(self, now: float) -> None:
         """Put delayed events whose time has come to the front of their inboxes, and drop what is too late to start."""
         for box in self.boxes.values():
-            if box.due <= now:
+            if box.is_absent and box.ends_at <= now:
+                self._give_up(box)
+            elif box.due <= now:
                 self._load_delayed(box, now)
                 self._expire(box, now)
                 if box.quota is not None:
                     box.quota.room(now)
+
+    def _give_up(self, box: Mailbox) -> None:
+        """Drop what waits for one that nobody has subscribed in time."""
+        count = box.unfinished
+        self.table.remove(box)
+        self.forget(box.name, "expired")
+        message = f"nobody has subscribed {box.name} for {box.spec.inbox.expires:g} s: {count} events are dropped"
+        self.tell("expired", box.name, message, waiting=count)
 
     def _expire(self, box: Mailbox, now: float) -> bool:
         """Drop what should have started before now; say whether there was something."""
@@ -822,8 +853,9 @@ class Exchange:
         return self.epoch - 1
 
     def left_until(self, epoch: int) -> dict[str, int]:
-        """Return, by subscriber, the unfinished events of an epoch and older ones."""
-        counts = {box.name: sum(n for e, n in box.counters.pending.items() if e <= epoch) for box in self.boxes.values()}
+        """Return, by subscriber, the unfinished events of an epoch and older ones; who is not there has all the time."""
+        there = [box for box in self.boxes.values() if not box.is_absent]
+        counts = {box.name: sum(n for e, n in box.counters.pending.items() if e <= epoch) for box in there}
         return {name: count for name, count in counts.items() if count}
 
     def held_patterns(self) -> list[str]:

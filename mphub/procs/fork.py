@@ -70,8 +70,13 @@ def _settle_in(parent: int, record: Path, keep: Collection[int], out: Path | Non
     if out is not None:
         sys.stdout = _redirect(1, f"{out}.out")
         sys.stderr = _redirect(2, f"{out}.err")
-    record.write_text(f"{os.getpid()} {start_ticks(os.getpid())}")  # last: who is on record has begun
+    enter(record)  # last: who is on record has begun
     failpoints.hit("child.recorded")
+
+
+def enter(record: Path) -> None:
+    """Put this process on record."""
+    record.write_text(f"{os.getpid()} {start_ticks(os.getpid())}")
 
 
 def has_begun(record: Path) -> bool:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import lmdb
 
 from mphub import failpoints
-from mphub.connection import Address
 from mphub.procs import fork
+from mphub.procs.boot import Charter
 from mphub.procs.router import Router
 from mphub.store.journal import is_shortage
 from mphub.wire import frames
@@ -65,7 +65,7 @@ class Link:
     def _fork(self, theirs: socket.socket) -> tuple[int, int]:
         owner = self.owner
         pid = fork.fork(
-            lambda: run_router(owner.folder, owner.address, owner.data, theirs, owner.charter.max_bytes),
+            lambda: run_router(owner.folder, owner.charter, owner.data, theirs),
             owner.folder / "children" / "router",
             keep=(owner.data.fileno(), theirs.fileno()),
         )
@@ -177,12 +177,12 @@ class Link:
                 time.sleep(0.002)
 
 
-def run_router(folder: Path, address: Address, listener: socket.socket, link: socket.socket, max_bytes: int) -> int:
+def run_router(folder: Path, charter: Charter, listener: socket.socket, link: socket.socket) -> int:
     """Be the router's process; return its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        router = Router(folder, address.token, listener, link, max_bytes)
-        router.watch_hub(address.pid)
+        router = Router(folder, charter, listener, link)
+        router.watch_hub(charter.hub_pid)
         router.run()
     except (OSError, lmdb.Error) as error:
         if not is_shortage(error):

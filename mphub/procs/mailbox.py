@@ -22,10 +22,12 @@ from mphub.wire.specs import Spec, Surroundings
 
 WINDOW_EVENTS = 10_000
 WINDOW_BYTES = 8_000_000
-STUCK = ("FATAL", "PAUSED", "STOPPED", "FROZEN")
+ABSENT = "ABSENT"
+"""The state of one that an earlier run has left and that nobody has subscribed in this one: its events wait for that."""
+STUCK = ("FATAL", "PAUSED", "STOPPED", "FROZEN", ABSENT)
 """States in which a subscriber never holds a publisher."""
 
-LASTING = ("FATAL", "PAUSED", "STOPPED")
+LASTING = ("FATAL", "PAUSED", "STOPPED", ABSENT)
 """States that outlive supervisor and router."""
 
 
@@ -105,6 +107,10 @@ class Mailbox:
         return not self.spec.patterns
 
     @property
+    def is_absent(self) -> bool:
+        return self.status == ABSENT
+
+    @property
     def name(self) -> str:
         return self.spec.name
 
@@ -143,7 +149,15 @@ class Mailbox:
     @property
     def due(self) -> float:
         """When there is something to do though nothing arrives: seconds since the epoch."""
+        if self.is_absent:
+            return self.ends_at
         return self.starts_at if self.unmet else min(self.window.expires, self.starts_at)
+
+    @property
+    def ends_at(self) -> float:
+        """When it is given up if nobody subscribes it until then."""
+        lasts = self.spec.inbox.expires
+        return inf if lasts is None else self.state.absent_since + lasts
 
     @property
     def starts_at(self) -> float:

@@ -23,6 +23,7 @@ from mphub.errors import JournalError
 from mphub.observe.limiter import Limiter
 from mphub.observe.statistics import percentiles
 from mphub.procs import fork
+from mphub.procs.boot import Charter
 from mphub.procs.door import Door
 from mphub.procs.exchange import SETTLED, Exchange
 from mphub.procs.letters import Cause
@@ -83,14 +84,15 @@ _taken, _withdraw, _hello_tap, _spec = decoder(RepliesTaken), decoder(Withdraw),
 class Router:
     """One turn after the other."""
 
-    def __init__(self, folder: Path, token: bytes, listener: socket.socket, link: socket.socket, max_bytes: int) -> None:
-        self.folder, self.token = folder, token
+    def __init__(self, folder: Path, charter: Charter, listener: socket.socket, link: socket.socket) -> None:
+        self.folder, self.token, self.keeps = folder, charter.address.token, charter.keep
         self.blobs = Blobs(folder / "blobs")
         self.selector = selectors.DefaultSelector()
         self.door = Door(listener, self.selector, None, lambda message: self._push("log", level="error", message=message))
         self.link = Stream(link, self.door.unsent)
         self.held: list[str] = []
-        self.exchange = Exchange(Journal(folder / "journal", max_bytes, self._wait_for_room), self.blobs, max_bytes, time.time)
+        journal = Journal(folder / "journal", charter.max_bytes, self._wait_for_room, synced=charter.power)
+        self.exchange = Exchange(journal, self.blobs, charter.max_bytes, time.time)
         self.selector.register(link, selectors.EVENT_READ, self.link)
         failpoints.hit("router.recovered")
         self.publishers: dict[int, PublisherPeer] = {}
@@ -562,9 +564,10 @@ class Router:
     def do_subscribe(self, spec: bytes) -> None:
         self.exchange.subscribe(_spec.decode(spec))
 
-    def do_specs(self) -> list[tuple[bytes, str]]:
-        """Tell what is subscribed, and its lasting state, to a new supervisor."""
-        return [(encode(box.spec), box.status) for box in self.exchange.boxes.values() if not box.gone]
+    def do_begin(self, run: bytes) -> list[tuple[bytes, str]]:
+        """Tell a new supervisor what is subscribed, and its lasting state; nobody is at the begin of a run."""
+        self.exchange.begin_run(run)
+        return [(encode(box.spec), box.status) for box in self.exchange.boxes.values() if not box.gone and not box.is_absent]
 
     def do_stop_routing(self, name: str) -> None:
         self.exchange.unsubscribe(name)
@@ -573,9 +576,11 @@ class Router:
         self.exchange.forget(name, reason)
 
     def do_give_up(self, reason: str) -> int:
-        """Take nothing more in and drop all that waits: the hub stops."""
+        """Take nothing more in and drop all that waits, or keep it: the hub stops. Return how much that is."""
         self.exchange.close()
         self.to_confirm.update(self.publishers.values())
+        if self.keeps:
+            return sum(box.unfinished for box in self.exchange.boxes.values())
         return sum(self.exchange.drop_pending(box, reason) for box in self.exchange.boxes.values())
 
     def do_status(self, name: str, status: str) -> None:

@@ -21,7 +21,7 @@ from mphub.procs.boot import Charter
 from mphub.procs.desk import Desk, Reply
 from mphub.procs.guardian import Guardian
 from mphub.procs.link import Link
-from mphub.procs.mailbox import LASTING
+from mphub.procs.mailbox import ABSENT, LASTING
 from mphub.procs.wards import Group, Ward
 from mphub.store.board import READY
 from mphub.wire.frames import Answer, Call, Push, decoder, encode
@@ -44,6 +44,7 @@ class Supervisor:
         self.charter, self.address = charter, charter.address
         self.folder = Path(charter.address.folder)
         self.lock = boot.own(self.folder)
+        fork.enter(self.folder / "children" / boot.SUPERVISOR)
         fork.become_subreaper()
         self.selector = selectors.DefaultSelector()
         self.data = listen(self.address.data)
@@ -86,7 +87,7 @@ class Supervisor:
             for call, reply in early:
                 self._serve(call, reply)
 
-        self.link.ask("specs", adopt)
+        self.link.ask("begin", adopt, run=self.charter.run)
 
     def run(self) -> None:
         """Supervise until the hub says close or is dead; then leave nothing behind."""
@@ -236,8 +237,8 @@ class Supervisor:
 
         self.link.ask("subscribe", committed, spec=spec)
 
-    def do_unsubscribe(self, answer: Reply, name: str) -> None:
-        """End a subscriber's processes and drop what still waits for it."""
+    def do_unsubscribe(self, answer: Reply, name: str, keep: bool) -> None:
+        """End a subscriber's processes and drop what still waits for it, or keep that for the next one of its name."""
         group = self.groups.get(name)
         if group is None:  # repeated
             answer()
@@ -247,7 +248,10 @@ class Supervisor:
         def when_dead() -> None:
             failpoints.hit("supervisor.unsubscribing")
             del self.groups[name]
-            self.link.ask("forget", answer, name=name, reason="unsubscribed")
+            if keep:
+                self.link.ask("status", answer, name=name, status=ABSENT)
+            else:
+                self.link.ask("forget", answer, name=name, reason="unsubscribed")
 
         self._once_dead(group.wards, when_dead)
 

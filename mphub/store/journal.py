@@ -116,6 +116,8 @@ class SubscriberState(msgspec.Struct, array_like=True, gc=False):
     counters: Counters
     grants: list[tuple[float, int]] = []
     """Of a subscriber with a rate: when it was given how many events."""
+    absent_since: float = 0.0
+    """Seconds since the epoch; of one that nobody has subscribed in this run."""
 
 
 class Dead(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -192,7 +194,10 @@ class Keeper(Lasting, Protocol):
 class Journal:
     """LMDB, one database per kind of row and one for all books, one transaction per turn."""
 
-    def __init__(self, folder: str | os.PathLike[str], max_bytes: int, wait: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], max_bytes: int, wait: Callable[[], None] | None = None, *, synced: bool = False
+    ) -> None:
+        """Open a journal, or make one; ``synced``: a commit is on the disk when it returns."""
         self.folder = Path(folder)
         self._wait = wait
         """What to do before a commit that the disk has no room for is tried again (None: raise)."""
@@ -204,8 +209,8 @@ class Journal:
             str(self.folder),
             map_size=2 * max_bytes + (64 << 20),
             max_dbs=len(TABLES),
-            sync=False,
-            metasync=False,
+            sync=synced,
+            metasync=synced,
             lock=False,
         )
         main = self._env.open_db(None)

@@ -18,12 +18,20 @@ class Named(Asked, frozen=True):
     name: str
 
 
+class Leaving(Named, frozen=True):
+    keep: bool
+
+
 class Scaling(Named, frozen=True):
     replicas: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Keying(Named, frozen=True):
     patterns: Annotated[list[Key], msgspec.Meta(min_length=1)]
+
+
+class Forgetting(Named, frozen=True):
+    reason: str
 
 
 class Chosen(Asked, frozen=True):
@@ -48,7 +56,7 @@ class Subscribing(Asked, frozen=True):
 
 
 CALLS: Final[dict[str, type[Asked]]] = {
-    "subscribe": Subscribing, "replace": Subscribing, "unsubscribe": Named, "stop_routing": Named, "restart": Named,
+    "subscribe": Subscribing, "replace": Subscribing, "unsubscribe": Leaving, "forget": Forgetting, "stop_routing": Named, "restart": Named,
     "pause": Named, "resume": Named, "scale": Scaling, "set_keys": Keying, "cancel": Cancelling,
     "states": Asked, "statistics": Asked, "drain": Asked, "dead_letters": Page, "redrive": Chosen, "purge": Chosen,
     "stop_subscribers": Asked, "close": Asked,
