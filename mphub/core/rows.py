@@ -7,6 +7,8 @@ import msgspec
 from mphub.events import Event, EventId
 from mphub.wire.frames import Batch, Extra, join, split
 
+Head = tuple[int, str, float, dict[str, str] | None]
+"""Of an event: its id, its key, when it was published, its headers."""
 ROW = 200
 """Bytes of a row beside its events: header, key, its places in the books."""
 
@@ -71,6 +73,12 @@ def part_of(batch: Batch, first: int, last: int, size: int, blob: str | None = N
 def share(batch: Batch) -> int:
     """Return the bytes that each event of a batch takes, about."""
     return (batch.size + ROW) // batch.count
+
+
+def head_of(batch: Batch, index: int) -> Head:
+    """Return what is known of one event without looking at its payload."""
+    extra = batch.extras.get(index) if batch.extras else None
+    return batch.publisher << 40 | batch.number + index, batch.key(index), batch.published_at, extra.headers if extra else None
 
 
 def event_of(batch: Batch, index: int, payload: object, attempt: int, replica: int = 0, *, cancelled: bool = False) -> Event:

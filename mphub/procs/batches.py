@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from mphub.core.delivery import DONE, FILTERED, HANDLED, RUNNING, WAITING
+from mphub.core.rows import Head
 from mphub.events import Event
 from mphub.options import Batch
 from mphub.procs.handlers import call_batch
@@ -278,3 +279,6 @@ class Batches(Way):
 
     def current_events(self) -> list[Event]:
         return [self.worker.event(item.parcel, item.place) for item in self.running]
+
+    def current_heads(self) -> list[Head]:  # payloads would be loaded once more, which takes longer than all the rest
+        return [item.parcel.head(item.place) for item in self.running]

@@ -14,7 +14,7 @@ from typing import TypeVar
 from mphub.connection import settle_reply
 from mphub.core.delivery import Held
 from mphub.core.keys import check_target
-from mphub.core.rows import Row, event_of
+from mphub.core.rows import Head, Row, event_of, head_of
 from mphub.core.spans import indexes, length
 from mphub.errors import HubError, NoSubscriber, Reject, RetryLater
 from mphub.events import Event, EventId
@@ -463,6 +463,9 @@ class Post(Consumer):
             )
             for event in self._current
         ]  # fmt: skip
+
+    def current_heads(self) -> list[Head]:
+        return [head_of(event.row.batch, event.index) for event in self._current]
 
 
 def random_id() -> int:

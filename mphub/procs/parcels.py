@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mphub.core.rows import event_of
+from mphub.core.rows import Head, event_of, head_of
 from mphub.events import Event
 from mphub.store.blobs import Blobs
 from mphub.store.board import SLOTS, Board
@@ -67,6 +67,9 @@ class Parcel:
     def attempt(self, place: int) -> int:
         attempts = self.deliver.attempts
         return attempts.get(self.index(place), 1) if attempts else 1
+
+    def head(self, place: int) -> Head:
+        return head_of(self.batch, self.index(place))
 
     def event(self, place: int, replica: int, *, cancelled: bool) -> Event:
         """Build an event as handlers see it, with a payload of its own: they may have changed what they got."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mphub.core.rows import Head
 from mphub.events import Event
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class Way(ABC):
     @abstractmethod
     def current_events(self) -> list[Event]:
         """Return what runs now."""
+
+    def current_heads(self) -> list[Head]:
+        """Return the same without payloads."""
+        return [(event.id, event.key, event.published_at, event.headers or None) for event in self.current_events()]
 
     def claims(self) -> Iterator[tuple[int, int]]:
         """Yield (first delivery number, count) of what has been read and is not known to be committed."""

@@ -16,6 +16,7 @@ from typing import Final
 from mphub import failpoints
 from mphub.connection import Address, connection_to
 from mphub.core.delivery import FAILED
+from mphub.core.rows import Head
 from mphub.core.spans import Spans, spans_of
 from mphub.errors import Reject, RetryLater
 from mphub.events import Event, EventId
@@ -365,6 +366,9 @@ class Worker:
 
     def current_events(self) -> list[Event]:
         return self.way.current_events() if self.way is not None else []
+
+    def current_heads(self) -> list[Head]:
+        return self.way.current_heads() if self.way is not None else []
 
 
 def _raise_stopped(*_: object) -> None:
