@@ -2,6 +2,7 @@
 
 from mphub.errors import (
     AmbiguousKey,
+    ArchiveError,
     BatchFailed,
     DeadLettersLeft,
     DrainTimeout,
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AmbiguousKey",
+    "ArchiveError",
     "Batch",
     "BatchFailed",
     "DeadLetter",

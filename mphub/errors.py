@@ -64,6 +64,10 @@ class JournalError(HubError):
     """The journal cannot be used."""
 
 
+class ArchiveError(HubError):
+    """An archive cannot be written."""
+
+
 class WorkError(MphubError):
     """Something became of an event that its sender did not wish."""
 

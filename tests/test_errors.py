@@ -10,6 +10,7 @@ import pytest
 from mphub import errors
 from mphub.errors import (
     AmbiguousKey,
+    ArchiveError,
     BatchFailed,
     DeadLettersLeft,
     DrainTimeout,
@@ -55,6 +56,7 @@ EXAMPLES: list[Exception] = [
     HubFailed("failed"),
     StartFailed("start"),
     JournalError("journal"),
+    ArchiveError("archive"),
     WorkError("work"),
     HandlerCrashed(exit="SIGSEGV", pid=12),
     HandlerCrashed(3, 12),
@@ -104,6 +106,7 @@ def test_every_error_has_an_example() -> None:
         (HubFailed, (HubError,)),
         (StartFailed, (HubError,)),
         (JournalError, (HubError,)),
+        (ArchiveError, (HubError,)),
         (HandlerCrashed, (WorkError,)),
         (HandlerTimeout, (WorkError, TimeoutError)),
         (EventExpired, (WorkError, TimeoutError)),

@@ -20,7 +20,7 @@ LAYERS = (
     {"publisher", "subscriber", "reply", "results", "reader", "connection", "tap"},
     {"procs"},
     {"hub", "engine", "executor", "registry", "subscribing", "subscription"},
-    {"cli", "ext", "testing"},
+    {"cli", "ext", "testing", "store.archive"},  # a subscriber like any user's, though it stands in store/ as what is kept
     {"__init__", "__main__"},
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -41,8 +41,9 @@ FILES = {name_of(path, ROOT): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def part_of(module: str) -> str:
-    """Return the file or folder directly under the package that a module belongs to."""
-    return module.split(".")[1] if "." in module else "__init__"
+    """Return the file or folder directly under the package that a module belongs to, or its own name if it has a layer by itself."""
+    part, _, inner = module.partition(".")[2].partition(".")
+    return f"{part}.{inner}" if f"{part}.{inner}" in LEVEL else part or "__init__"
 
 
 def statements(tree: ast.AST) -> Iterator[ast.AST]:

@@ -193,8 +193,11 @@ def _code(file: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> Co
 
 
 def short(value: object) -> str:
+    return f"{type(value).__name__} {repr_of(value)[:80]}"
+
+
+def repr_of(value: object) -> str:
     try:
-        text = repr(value)
+        return repr(value)
     except Exception as error:
-        text = f"<repr raised {type(error).__name__}>"
-    return f"{type(value).__name__} {text[:80]}"
+        return f"<repr raised {type(error).__name__}>"

@@ -1,0 +1,155 @@
+"""Archives as subscribers of a hub: what they keep, whom they answer, how they fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mphub import ArchiveError, Batch, EventHub, Restart, Retry, StartFailed
+from mphub.store.archive import JsonLinesArchive, SqliteArchive
+
+pytestmark = pytest.mark.timeout(60)
+SOON = Batch(100, 0.02)
+
+
+def rows(path: Path) -> list[tuple[Any, ...]]:
+    with sqlite3.connect(path) as database:
+        return database.execute("SELECT id, time, key, headers, payload, data FROM events ORDER BY time, id").fetchall()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.open()]
+
+
+def test_both_keep_what_is_published_by_every_engine(tmp_path: Path, engine: str) -> None:
+    began = time.time()
+    hub = EventHub(engine=engine)
+    hub.subscribe(">", SqliteArchive(tmp_path / "events.db"), name="rows", batch=Batch(100, 0.02))
+    hub.subscribe(">", JsonLinesArchive(tmp_path / "events.jsonl"), name="lines", batch=Batch(100, 0.02))
+    with hub:
+        ids = [str(hub.publish("orders.eu", {"number": 1, "total": 2.5}, headers={"trace": "7"})), str(hub.publish("orders.us", None))]
+        hub.publish_batch("more", range(250))
+    kept, told = rows(tmp_path / "events.db"), lines(tmp_path / "events.jsonl")
+    assert [(row[0], *row[2:]) for row in kept[:2]] == [
+        (ids[0], "orders.eu", '{"trace":"7"}', '{"number":1,"total":2.5}', None),
+        (ids[1], "orders.us", None, "null", None),
+    ]
+    assert [int(row[4]) for row in kept[2:]] == list(range(250))
+    assert told[0] == {
+        "id": ids[0],
+        "time": kept[0][1],
+        "key": "orders.eu",
+        "headers": {"trace": "7"},
+        "payload": {"number": 1, "total": 2.5},
+    }
+    assert told[1] == {"id": ids[1], "time": kept[1][1], "key": "orders.us", "payload": None}
+    assert [line["payload"] for line in told[2:]] == list(range(250))
+    assert began <= kept[0][1] <= time.time()
+
+
+def test_they_answer_nobody_who_asks_a_key_and_all_who_ask_them(tmp_path: Path, engine: str) -> None:
+    hub = EventHub(engine=engine)
+    hub.subscribe(">", SqliteArchive(tmp_path / "events.db"), name="archive", batch=SOON)
+    hub.subscribe("double", lambda n: 2 * n)
+    with hub:
+        assert hub.request("double", 4).result(20) == 8
+        assert hub.request("other", 5, to="archive").result(20) is None
+        assert "5" in [row[4] for row in rows(tmp_path / "events.db")], "an answer comes once it is written"
+
+
+def test_a_place_that_cannot_be_written_fails_the_start(tmp_path: Path, engine: str) -> None:
+    hub = EventHub(engine=engine, check=False)
+    hub.subscribe(">", SqliteArchive(tmp_path / "missing" / "events.db"), name="archive", batch=SOON, restart=Restart(max_restarts=0))
+    try:
+        with pytest.raises(StartFailed) as caught:
+            hub.start()
+        assert f"SqliteArchive({tmp_path / 'missing' / 'events.db'}): there is no folder" in str(caught.value.__cause__)
+    finally:
+        hub.stop(drain=False)
+
+
+@pytest.mark.procs
+def test_replicas_share_a_database_but_no_file_of_lines(tmp_path: Path) -> None:
+    with EventHub() as hub:
+        hub.subscribe(">", SqliteArchive(tmp_path / "events.db"), name="rows", batch=SOON, replicas=2)
+        hub.publish_batch("k", range(1000))
+    assert sorted(int(row[4]) for row in rows(tmp_path / "events.db")) == list(range(1000))
+    hub = EventHub()
+    hub.subscribe(">", JsonLinesArchive(tmp_path / "a"), name="lines", batch=SOON, replicas=2, restart=Restart(max_restarts=0))
+    with pytest.raises(StartFailed) as caught:
+        hub.start()
+    assert "replica 1 of 'lines' cannot write it too: subscribe it with replicas=1" in str(caught.value.__cause__)
+
+
+class Full:
+    """A disk on which a process has room for so many bytes, until there is a file that says otherwise."""
+
+    def __init__(self, room: int, emptied: Path) -> None:
+        self.room, self.emptied = room, emptied
+
+    def __call__(self) -> None:
+        if not self.emptied.exists():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.room, resource.RLIM_INFINITY))
+
+
+@pytest.mark.procs
+@pytest.mark.parametrize("kind", [SqliteArchive, JsonLinesArchive])
+def test_what_finds_no_room_is_a_dead_letter_and_is_kept_once_it_is_redriven(kind: Any, tmp_path: Path) -> None:
+    path, emptied = tmp_path / "events", tmp_path / "emptied"
+    hub = EventHub(check=False, initializer=Full(200_000, emptied))
+    archive = hub.subscribe(">", kind(path), name="archive", batch=SOON)
+    with hub:
+        hub.publish_batch("k", ["x" * 1000 + str(n) for n in range(400)])
+        statistics = hub.drain(30).subscribers["archive"]
+        assert 0 < statistics.dead < 400 == statistics.dead + statistics.handled
+        error = archive.dead_letters()[0].error
+        assert isinstance(error, ArchiveError) and "nothing of the batch was written" in str(error)
+        emptied.touch()
+        archive.restart()
+        archive.wait_ready(20)
+        archive.redrive()
+        assert hub.drain(30).subscribers["archive"].dead == 0
+    kept = [json.loads(row[4]) for row in rows(path)] if kind is SqliteArchive else [line["payload"] for line in lines(path)]
+    assert sorted(int(text.lstrip("x")) for text in kept) == list(range(400))
+
+
+class Dying(JsonLinesArchive):
+    """Dies at a certain moment of its first life."""
+
+    def __init__(self, path: Path, moment: str) -> None:
+        super().__init__(path, sync=True)
+        self.moment, self.mark = moment, path.with_suffix(".mark")
+
+    def _append(self, file: Any, data: bytes) -> None:
+        if self.moment == "half written" and self.is_due():
+            file.write(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._append(file, data)
+        if self.moment == "written" and self.is_due():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def is_due(self) -> bool:
+        if self._size == 0 or self.mark.exists():
+            return False
+        self.mark.touch()
+        return True
+
+
+@pytest.mark.procs
+@pytest.mark.parametrize("moment", ["half written", "written"])
+def test_lines_that_a_death_left_are_mended_and_not_repeated(moment: str, tmp_path: Path) -> None:
+    hub = EventHub()
+    hub.subscribe(">", Dying(tmp_path / "events.jsonl", moment), name="archive", batch=Batch(20, 0.02), retry=Retry(5))
+    with hub:
+        hub.publish_batch("k", range(100))
+        statistics = hub.drain(30).subscribers["archive"]
+    assert (statistics.handled, statistics.restarts) == (100, 1)
+    assert [line["payload"] for line in lines(tmp_path / "events.jsonl")] == list(range(100))
