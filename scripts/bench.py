@@ -6,9 +6,10 @@
     python scripts/bench.py --families start-8,recovery --rounds 3      figures of one hub
     python scripts/bench.py --json results.json --plots plots           all values, and drawings of them; make bench: docs/plots
 
-Each family has two sides: "baseline", mostly plain multiprocessing queues in two hops, and "mphub". Of "keys", "patterns" and "stuck-*" the
-baseline is mphub itself, in the usual case; of "work-*" it is the same work in bare processes, with no queue. "roundtrip" asks a hub that
-idles, "roundtrip-hot" one that has just answered. Figures of one hub ("start-8" and those that follow) have a limit instead of a baseline.
+Each family has two sides: "baseline", mostly plain multiprocessing queues in two hops, and "mphub". Of "keys", "patterns", "archive-*" and
+"stuck-*" the baseline is mphub itself, in the usual case; of "work-*" it is the same work in bare processes, with no queue. "roundtrip"
+asks a hub that idles, "roundtrip-hot" one that has just answered. Figures of one hub ("start-8" and those that follow) have a limit instead
+of a baseline.
 
 Rates differ from machine to machine and from minute to minute: what counts is the ratio within a round. Each measurement is a process of
 its own, and the sides take turns. What they start is started and warm before the clock runs; everything else is measured, until each

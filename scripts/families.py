@@ -15,18 +15,24 @@ from sides import (
     PATTERNS,
     Opened,
     Side,
+    archived,
     array,
     bare,
+    batches,
     beside_a_stuck_one,
     crew,
     crowded,
+    lines,
     many_keys,
     many_patterns,
     mphub,
+    rows,
     two_hop,
     with_peer,
     workers,
 )
+
+from mphub.store.archive import JsonLinesArchive, SqliteArchive
 
 WARM_UP = 1000
 IDLE = 0.0003
@@ -130,6 +136,11 @@ def at_work(unit: str, processes: int, target: float, opened: Callable[[int], Op
     return Family(unit, 2_000, partial(throughput, warm_up=100), sides, target)
 
 
+def archiving(where: str, opened: Callable[[], Opened]) -> Family:
+    sides: Sides = {"baseline": batches, "mphub": opened}
+    return Family(f"events/s into {where}, against batches that are counted", 300_000, throughput, sides)
+
+
 FAMILIES = {
     "throughput-1": against_two_hop("events/s to 1 subscriber", 1, target=8),
     "throughput-4": against_two_hop("deliveries/s to 4 subscribers", 4, target=26),
@@ -146,6 +157,8 @@ FAMILIES = {
     ),
     "keys": against_itself(f"events/s of {KEYS:,} keys in turn, against one key", many_keys, target=0.6),
     "patterns": against_itself(f"events/s of a key among {PATTERNS:,} patterns, against one", many_patterns, target=0.7),
+    "archive-sqlite": archiving("a SQLite archive", lambda: archived(SqliteArchive, rows)),
+    "archive-jsonl": archiving("an archive of JSON lines", lambda: archived(JsonLinesArchive, lines)),
     "work-1ms": at_work("events/s of 1 ms of work, against a bare process", 1, target=0.97),
     "work-1ms-2": at_work("events/s of 1 ms of work to 2 subscribers, against 2 bare processes", 2, target=0.95),
     "work-1ms-replicas": at_work("events/s of 1 ms of work to 2 replicas, against 2 bare processes", 2, target=0.95, opened=crew),

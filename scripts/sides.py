@@ -12,6 +12,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sqlite3
+import tempfile
 import time
 import timeit
 import zlib
@@ -23,10 +25,13 @@ from typing import Any, NoReturn
 
 from peers import Peer
 
-from mphub import EventHub, Inbox, Restart, Stop, Subscriber
+from mphub import Batch, EventHub, Inbox, Restart, Stop, Subscriber
+from mphub.store.archive import JsonLinesArchive, SqliteArchive
 
 KEY, PAYLOAD = "orders.created", b"x" * 100
 FORK = multiprocessing.get_context("fork")
+ORDER = {"order": 17, "customer": "someone", "total": 12.5, "lines": [1, 2, 3]}
+TOGETHER = Batch(1000, 0.02)
 KEYS = 100_000
 PATTERNS = 1000
 LARGE = 10_000
@@ -148,6 +153,48 @@ def side_of(hub: EventHub, names: list[str], keys: Sequence[str] = (KEY,), paylo
         return [hub.request(KEY, None, to=name).result() for name in names]
 
     return Side(publish, ask)
+
+
+class Batched(Counter):
+    """Counts what it gets in batches."""
+
+    def handle_batch(self, payloads: list[Any]) -> list[int]:
+        return [self.handle(payload) for payload in payloads]
+
+
+@contextlib.contextmanager
+def batches() -> Iterator[Side]:
+    hub = EventHub(name="bench")
+    hub.subscribe(KEY, Batched, name="counter", batch=TOGETHER)
+    with hub:
+        yield side_of(hub, ["counter"], payload=ORDER)
+
+
+@contextlib.contextmanager
+def archived(kind: type[SqliteArchive] | type[JsonLinesArchive], kept: Callable[[str], int]) -> Iterator[Side]:
+    """Open a hub whose one subscriber writes to a file; what is counted is read from there."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        path = f"{folder}/events"
+        hub = EventHub(name="bench")
+        hub.subscribe([KEY, "ask"], kind(path), name="archive", batch=TOGETHER)
+
+        def ask() -> list[int]:
+            hub.request("ask", None, to="archive").result()
+            return [kept(path)]
+
+        with hub:
+            yield Side(side_of(hub, [], payload=ORDER).publish, ask)
+
+
+def rows(path: str) -> int:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return int(database.execute("SELECT count(*) FROM events WHERE key = ?", (KEY,)).fetchone()[0])
+
+
+def lines(path: str) -> int:
+    """Count without decoding anything, as that would take longer than to write it; of a file that has not been rotated."""
+    with open(path, "rb") as file:
+        return file.read().count(f'"key":"{KEY}"'.encode())
 
 
 def array() -> object:

@@ -130,7 +130,7 @@ def test_a_typo_is_explained(arguments: list[str], expected: str, capsys: pytest
 @pytest.mark.parametrize("heavy", [False, True])
 def test_every_family_is_measured_on_both_sides(heavy: bool) -> None:
     # but for an option or a number the same as others
-    alike = ("roundtrip-hot", "stuck-own", "stuck-drop", "stuck-frozen", "throughput-16", "work-1ms-2")
+    alike = ("archive-jsonl", "roundtrip-hot", "stuck-own", "stuck-drop", "stuck-frozen", "throughput-16", "work-1ms-2")
     names = [name for name in families.FAMILIES if name.startswith("array") == heavy and not name.startswith(alike)]
     events = 20 if heavy else 200
     run = subprocess.run(
