@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mphub import ArchiveError, Batch, EventHub, Restart, Retry, StartFailed
-from mphub.store.archive import JsonLinesArchive, SqliteArchive
+from mphub.store.archive import Entry, JsonLinesArchive, SqliteArchive
 
 pytestmark = pytest.mark.timeout(60)
 SOON = Batch(100, 0.02)
@@ -101,11 +101,10 @@ class Full:
 
 
 @pytest.mark.procs
-@pytest.mark.parametrize("kind", [SqliteArchive, JsonLinesArchive])
-def test_what_finds_no_room_is_a_dead_letter_and_is_kept_once_it_is_redriven(kind: Any, tmp_path: Path) -> None:
+def test_what_finds_no_room_is_a_dead_letter_and_is_kept_once_it_is_redriven(tmp_path: Path) -> None:
     path, emptied = tmp_path / "events", tmp_path / "emptied"
     hub = EventHub(check=False, initializer=Full(200_000, emptied))
-    archive = hub.subscribe(">", kind(path), name="archive", batch=SOON)
+    archive = hub.subscribe(">", SqliteArchive(path), name="archive", batch=SOON)
     with hub:
         hub.publish_batch("k", ["x" * 1000 + str(n) for n in range(400)])
         statistics = hub.drain(30).subscribers["archive"]
@@ -117,39 +116,69 @@ def test_what_finds_no_room_is_a_dead_letter_and_is_kept_once_it_is_redriven(kin
         archive.wait_ready(20)
         archive.redrive()
         assert hub.drain(30).subscribers["archive"].dead == 0
-    kept = [json.loads(row[4]) for row in rows(path)] if kind is SqliteArchive else [line["payload"] for line in lines(path)]
-    assert sorted(int(text.lstrip("x")) for text in kept) == list(range(400))
+    assert sorted(int(json.loads(row[4]).lstrip("x")) for row in rows(path)) == list(range(400))
 
 
-class Dying(JsonLinesArchive):
-    """Dies at a certain moment of its first life."""
+class Moment:
+    """Lets a process die, once, after it has written something before."""
 
-    def __init__(self, path: Path, moment: str) -> None:
-        super().__init__(path, sync=True)
-        self.moment, self.mark = moment, path.with_suffix(".mark")
+    def __init__(self, mark: Path) -> None:
+        self.mark, self.passed = mark, 0
 
-    def _append(self, file: Any, data: bytes) -> None:
-        if self.moment == "half written" and self.is_due():
-            file.write(data[: len(data) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        super()._append(file, data)
-        if self.moment == "written" and self.is_due():
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def is_due(self) -> bool:
-        if self._size == 0 or self.mark.exists():
+    def come(self) -> bool:
+        self.passed += 1
+        if self.passed < 2 or self.mark.exists():
             return False
         self.mark.touch()
         return True
 
+    def die(self) -> None:
+        if self.come():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DiesHalfway(JsonLinesArchive):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "events", sync=True)
+        self.moment = Moment(folder / "mark")
+
+    def _append(self, file: Any, data: bytes) -> None:
+        if self.moment.come():
+            file.write(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._append(file, data)
+
+
+class DiesWithLines(JsonLinesArchive):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "events")
+        self.moment = Moment(folder / "mark")
+
+    def write(self, entries: list[Entry]) -> None:
+        super().write(entries)
+        self.moment.die()
+
+
+class DiesWithRows(SqliteArchive):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "events", sync=True)
+        self.moment = Moment(folder / "mark")
+
+    def write(self, entries: list[Entry]) -> None:
+        super().write(entries)
+        self.moment.die()
+
 
 @pytest.mark.procs
-@pytest.mark.parametrize("moment", ["half written", "written"])
-def test_lines_that_a_death_left_are_mended_and_not_repeated(moment: str, tmp_path: Path) -> None:
+def test_what_is_written_when_its_process_dies_is_not_written_again(tmp_path: Path) -> None:
     hub = EventHub()
-    hub.subscribe(">", Dying(tmp_path / "events.jsonl", moment), name="archive", batch=Batch(20, 0.02), retry=Retry(5))
+    for kind in (DiesHalfway, DiesWithLines, DiesWithRows):
+        (tmp_path / kind.__name__).mkdir()
+        hub.subscribe(">", kind(tmp_path / kind.__name__), batch=Batch(20, 0.02), retry=Retry(5))
     with hub:
         hub.publish_batch("k", range(100))
-        statistics = hub.drain(30).subscribers["archive"]
-    assert (statistics.handled, statistics.restarts) == (100, 1)
-    assert [line["payload"] for line in lines(tmp_path / "events.jsonl")] == list(range(100))
+        counts = hub.drain(30).subscribers.values()
+    assert [(each.handled, each.restarts) for each in counts] == [(100, 1)] * 3
+    assert [line["payload"] for line in lines(tmp_path / "DiesHalfway" / "events")] == list(range(100))
+    assert [line["payload"] for line in lines(tmp_path / "DiesWithLines" / "events")] == list(range(100))
+    assert [int(row[4]) for row in rows(tmp_path / "DiesWithRows" / "events")] == list(range(100))

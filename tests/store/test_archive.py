@@ -137,6 +137,14 @@ def test_a_file_is_taken_up_wherever_a_death_left_it(moment: str, tmp_path: Path
     assert [line["payload"] for line in lines(*rotated(tmp_path), current)] == list(range(150))
 
 
+def test_what_a_process_may_hold_is_looked_for_over_files(tmp_path: Path) -> None:
+    write(JsonLinesArchive(tmp_path / "events.jsonl", max_bytes=3000), 0, 100)
+    paths = [tmp_path / "events.jsonl", *reversed(rotated(tmp_path))]
+    for most in (5, 45, 100, 200):
+        ids = list(archives.last_ids([str(path) for path in paths], most))
+        assert sorted(int(each, 16) for each in ids) == list(range(max(0, 100 - most), 100))
+
+
 def test_without_gzip_files_stay_plain(tmp_path: Path) -> None:
     write(JsonLinesArchive(tmp_path / "events.jsonl", max_bytes=3000, gzip=False, sync=True), 0, 100)
     assert {path.suffix for path in rotated(tmp_path)} == {".jsonl"}
