@@ -91,24 +91,34 @@ class ProcessEngine:
         self.pipes: weakref.WeakSet[Pipe] = weakref.WeakSet()
         self._replicas: dict[str, int] = {}
         """How many processes each subscriber has."""
+        self._hosts: dict[str, str] = {}
+        """The processes that some share."""
 
     def subscribe(self, specs: Sequence[Spec]) -> None:
         self.connection.flush()  # what was published before is not for them
         for spec in specs:
             self.client.states.pop(spec.name, None)  # of one that had this name before
-        self._replicas |= {spec.name: spec.replicas for spec in specs}
-        packed = [self._packed(spec) for spec in specs]
+        self._replicas |= {spec.name: spec.replicas for spec in specs if spec.process is None}
+        self._hosts |= {spec.name: spec.process for spec in specs if spec.process is not None}
+        packed = [(spec, self._packed(spec)) for spec in specs]
         # all before the first answer, on which a process starts: what its setup publishes is for the others too
-        for answer in [self.client.ask("subscribe", spec=spec) for spec in packed]:
+        answers = [self.client.ask("host", spec=data) for spec, data in packed if spec.hosts]
+        answers += [self.client.ask("join", spec=data) for spec, data in packed if spec.process is not None]
+        answers += [self.client.ask("subscribe", spec=data) for spec, data in packed if spec.process is None]
+        for answer in answers:
             self.client.wait(answer)
 
     def replace(self, spec: Spec) -> None:
         self.connection.flush()  # what was published before may go by other keys
+        if spec.process is not None:
+            self.client.call("join", spec=self._packed(spec))
+            return
         self._replicas[spec.name] = spec.replicas
         self.client.call("replace", spec=self._packed(spec))
 
     def _packed(self, spec: Spec) -> bytes:
-        spec = share_cores(spec, sum(self._replicas.values()))
+        if spec.process is None:
+            spec = share_cores(spec, sum(self._replicas.values()))
         data, blob = self.blobs.spill(spec.handler)
         return msgspec.msgpack.encode(msgspec.structs.replace(spec, handler=data, handler_blob=blob))
 
@@ -121,8 +131,12 @@ class ProcessEngine:
         self.client.call("stop_routing", name=name)
         while drain and self.state_of(name)[0] not in ("FATAL", "STOPPED", "PAUSED") and self._left(name):
             time.sleep(0.01)
-        self.client.call("unsubscribe", name=name, keep=False)
+        if name in self._hosts:
+            self.client.call("leave", name=name)
+        else:
+            self.client.call("unsubscribe", name=name, keep=False)
         self._replicas.pop(name, None)
+        self._hosts.pop(name, None)
 
     def forget(self, name: str) -> None:
         self.client.call("stop_routing", name=name)
@@ -133,27 +147,43 @@ class ProcessEngine:
         return found.waiting + found.running
 
     def restart(self, name: str) -> None:
-        self.client.call("restart", name=name)
+        if name in self._hosts and self._own_state(name) == "FATAL":
+            self.client.call("set_member", name=name, status="")
+        else:
+            self.client.call("restart", name=self._hosts.get(name, name))
 
     def pause(self, name: str) -> None:
-        self.client.call("pause", name=name)
+        if name not in self._hosts:
+            self.client.call("pause", name=name)
+        elif self._own_state(name) != "FATAL":
+            self.client.call("set_member", name=name, status="PAUSED")
 
     def resume(self, name: str) -> None:
-        self.client.call("resume", name=name)
+        if name not in self._hosts:
+            self.client.call("resume", name=name)
+        elif self._own_state(name) == "PAUSED":
+            self.client.call("set_member", name=name, status="")
+
+    def _own_state(self, name: str) -> str:
+        """Return the state of one that shares a process, if it is another than that has."""
+        return self.client.states.get(name, ("",))[0]
 
     def scale(self, name: str, replicas: int) -> None:
+        if name in self._hosts:
+            raise InvalidOption(f"replicas: {name!r} shares a process (process=), of which there is one; subscribe it without")
         self.client.call("scale", name=name, replicas=replicas)
         self._replicas[name] = replicas
 
     def set_keys(self, name: str, patterns: list[str]) -> None:
         self.connection.flush()  # what was published before goes by the old keys
-        self.client.call("set_keys", name=name, patterns=patterns)
+        self.client.call("rekey" if name in self._hosts else "set_keys", name=name, patterns=patterns)
 
     def state_of(self, name: str) -> tuple[str, bytes, str]:
-        return self.client.states.get(name, ("STARTING", b"", ""))
+        return self.client.states.get(name if self._own_state(name) else self._hosts.get(name, name), ("STARTING", b"", ""))
 
     def wait_ready(self, name: str, timeout: float | None) -> tuple[str, bytes, str]:
-        return self.client.wait_for_state(name, lambda state: state in ("RUNNING", "FATAL", "STOPPED"), timeout)
+        self.client.wait_for_state(self._hosts.get(name, name), lambda state: state in ("RUNNING", "FATAL", "STOPPED"), timeout)
+        return self.state_of(name)
 
     def error_of(self, error: bytes, trace: str) -> BaseException | None:
         return load_error(error, trace) if error else RemoteTraceback(trace) if trace else None

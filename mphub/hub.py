@@ -70,7 +70,9 @@ from mphub.subscribing import (
     PlainOptions,
     SubscribeOptions,
     Where,
+    check_same,
     check_types,
+    host_of,
     make_spec,
     patterns_of,
     refuse_process_options,
@@ -80,6 +82,7 @@ from mphub.tap import Tap, tap_on
 from mphub.wire.codec import encode, shortened
 from mphub.wire.frames import extra_of, is_text
 from mphub.wire.payloads import CODECS
+from mphub.wire.specs import Spec
 
 if TYPE_CHECKING:  # a lambda says nothing of its payload: then it is Any, also to what checks its body (bound)
     from typing_extensions import TypeVar as DefaultTypeVar
@@ -176,6 +179,8 @@ class EventHub:
         self._stands_in = False
         """It is inline in place of processes, for a test: what only these can do is passed over."""
         self._subscriptions = Registry()
+        self._hosts: dict[str, Spec] = {}
+        """Processes that several subscribers share."""
         self._leaving: set[str] = set()
         """Those that are being unsubscribed."""
         self._engine: Engine | None = None
@@ -239,7 +244,8 @@ class EventHub:
             with self._or_stop():
                 if self._initializer is not None and self._kind != "process":
                     self._initializer()
-                self._engine.subscribe([subscription._spec for subscription in self._subscriptions.values()])
+                specs = [subscription._spec for subscription in self._subscriptions.values()]
+                self._engine.subscribe([*self._hosts.values(), *specs])
                 if self._durable is not None:
                     self._name_absent(self._engine)
             self._up.set()
@@ -463,7 +469,7 @@ class EventHub:
         ``replace``: take the place of the subscriber of the same name, whose waiting events stay; the default in an interactive session.
         Raises InvalidKey, InvalidOption, PayloadError (the handler cannot be pickled), NameTaken.
         """
-        refuse_unavailable(process=(process, None), start=(start, "new"))
+        refuse_unavailable(start=(start, "new"))
         check_types(
             rate=(rate, Rate | None), recycle=(recycle, Recycle), inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool),
             ordered=(ordered, bool), batch=(batch, Batch | None),
@@ -478,22 +484,42 @@ class EventHub:
             )
             spec = make_spec(
                 keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where,
-                ordered, rate, recycle, batch, concurrency,
+                ordered, rate, recycle, batch, concurrency, process if self._kind == "process" else None,
             )  # fmt: skip
+            host = self._host_of(spec)
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             self._refuse_leaving(spec.name)
             before = self._subscriptions.get(spec.name)
+            if before is not None and before._spec.process != spec.process:
+                raise InvalidOption(f"process: got {process!r} for {spec.name!r}, which runs elsewhere: unsubscribe it first")
             self._subscriptions[spec.name] = subscription
             self._subscriptions.changed()
             if self._engine is not None:
                 try:
-                    self._engine.subscribe([spec]) if before is None else self._engine.replace(spec)
+                    self._engine.subscribe([*host, spec]) if before is None else self._engine.replace(spec)
                 except BaseException:
                     self._subscriptions.pop(spec.name)
                     self._subscriptions |= {} if before is None else {spec.name: before}
                     self._subscriptions.changed()
                     raise
         return subscription
+
+    def _host_of(self, spec: Spec) -> list[Spec]:
+        """Return the process that a subscriber shares, if it is the first there.
+
+        Raises InvalidOption: it wants another than there is.
+        """
+        if spec.process is None:
+            return []
+        if self._durable is not None:
+            raise InvalidOption(
+                f"process: got {spec.process!r:.60} on a durable hub, which has a process for each subscriber; leave it None"
+            )
+        if (host := self._hosts.get(spec.process)) is not None:
+            check_same(spec, host)
+            return []
+        self._hosts[spec.process] = host_of(spec, self._packed_initializer)
+        return [self._hosts[spec.process]]
 
     def subscriber(self, keys: Names | Topic[Any], **options: Unpack[SubscribeOptions]) -> Callable[[F], F]:
         """Subscribe the decorated function or class, which stays what it is."""
@@ -827,8 +853,17 @@ class EventHub:
                 self._engine.unsubscribe(name, drain=drain, forget=forget)
             self._subscriptions.pop(name, None)
             self._subscriptions.changed()
+            self._end_empty(subscription._spec.process)
         finally:
             self._leaving.discard(name)
+
+    def _end_empty(self, host: str | None) -> None:
+        """End a process that nobody shares any more."""
+        with self._lock:
+            if host in self._hosts and not any(other._spec.process == host for other in self._subscriptions.values()):
+                del self._hosts[host]
+                if self._engine is not None:
+                    self._engine.unsubscribe(host, drain=False, forget=True)
 
     # -- where am I
 

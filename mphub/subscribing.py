@@ -21,6 +21,8 @@ from mphub.wire.frames import is_text
 from mphub.wire.specs import Spec, Surroundings
 
 MAX_CONCURRENCY = 10_000
+NOWHERE = Surroundings(b"", [], {})
+"""Of a subscriber that has no process by itself."""
 MAX_REPLICAS = 1000
 """Each is a process of 5 MB at least."""
 THREAD_VARIABLES = (
@@ -72,7 +74,7 @@ def make_spec(
     keys: str | Topic[Any] | Sequence[str | Topic[Any]], handler: Handler, name: str, to: str | Topic[Any] | None,
     retry: Retry, restart: Restart, inbox: Inbox, limits: Limits, snapshot: Snapshot | None, replicas: int | str,
     env: Mapping[str, str] | None, initializer: bytes, where: Where, ordered: bool, rate: Rate | None, recycle: Recycle,
-    batch: Batch | None, concurrency: int,
+    batch: Batch | None, concurrency: int, process: str | None,
 ) -> Spec:  # fmt: skip
     """Check a subscription and pickle its handler.
 
@@ -87,14 +89,59 @@ def make_spec(
     cls = handlers.subscriber_class(handler)
     saves = snapshot_rule(cls, snapshot)
     check_concurrency(concurrency, saves, batch)
+    if process is not None:
+        check_shared(
+            replicas=(replicas, 1), ordered=(ordered, False), batch=(batch, None), snapshot=(saves, None), recycle=(recycle, Recycle()),
+            rate=(rate, None), env=(env or None, None), limits=(limits.timeout, None), inbox=(inbox.overflow, "block"),
+        )  # fmt: skip
     return Spec(
         name=check_name(name), patterns=patterns_of(keys), handler=codec.encode(work, f"the handler of {name!r}"),
-        surroundings=surroundings(env or {}), initializer=initializer,
+        surroundings=surroundings(env or {}) if process is None else NOWHERE, initializer=initializer if process is None else b"",
+        process=process and host_name(process),
         inbox=inbox, limits=limits, restart=restart, max_attempts=retry.max_attempts,
         snapshot=saves, answers=True if cls is None else cls.answers,
         replicas=replicas_of(replicas), ordered=ordered, rate=rate, batch=batch, concurrency=concurrency,
         recycle=in_bytes(recycle),
     )  # fmt: skip
+
+
+def host_name(process: str) -> str:
+    """Return what the process is called that some subscribers share: no subscriber has such a name.
+
+    Raises InvalidOption.
+    """
+    return f"process:{check_name(process, 'process')}"
+
+
+def check_shared(**options: tuple[object, object]) -> None:
+    """Refuse what one of several subscribers that share a process cannot have by itself.
+
+    Raises InvalidOption.
+    """
+    for field, (value, usual) in options.items():
+        if value != usual:
+            what = {"limits": "limits(timeout)", "inbox": "inbox(overflow)"}.get(field, field)
+            raise InvalidOption(f"{what}: got {value!r:.60} with process=, whose subscribers share one process; leave out one of the two")
+
+
+def host_of(spec: Spec, initializer: bytes) -> Spec:
+    """Return the process of a subscriber that is the first one there."""
+    assert spec.process is not None
+    return Spec(
+        name=spec.process, patterns=[], handler=b"", surroundings=surroundings({}), inbox=spec.inbox, limits=spec.limits,
+        restart=spec.restart, max_attempts=1, initializer=initializer, answers=False, hosts=True,
+    )  # fmt: skip
+
+
+def check_same(spec: Spec, host: Spec) -> None:
+    """Refuse what differs from what the first subscriber of a process has set for it.
+
+    Raises InvalidOption.
+    """
+    for field in ("restart", "inbox", "limits"):
+        value, first = getattr(spec, field), getattr(host, field)
+        if value != first:
+            raise InvalidOption(f"{field}: got {value!r:.120}; expected {first!r:.120}, which the first subscriber of this process has set")
 
 
 def patterns_of(keys: object) -> list[str]:

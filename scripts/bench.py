@@ -15,7 +15,8 @@ Rates differ from machine to machine and from minute to minute: what counts is t
 its own, and the sides take turns. What they start is started and warm before the clock runs; everything else is measured, until each
 subscriber has told how many events it has handled. A miscount is an error, never a figure.
 
-sides.py is what is opened, families.py what is measured on it, figures.py what is measured of one hub, peers.py the other packages,
+sides.py is what is opened, families.py what is measured on it, figures.py what is measured of one hub (shared.py: of many
+subscribers in few processes), peers.py the other packages,
 results.py what is told, plots.py what is drawn.
 """
 

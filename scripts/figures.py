@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 from families import WARM_UP, must_be
 from results import Absolute
+from shared import sharing
 from sides import KEY, PAYLOAD, Counter, array, side_of
 from steps import cpu_seconds, roundtrip_steps, steps
 
@@ -390,6 +391,9 @@ FIGURES: dict[str, Figure | Curve] = {
         5_000_000,
         backlog,
         {"supervisor": 300, "router": 300, "subscriber": 300, "publisher": 300, "disk": KEPT},
+    ),
+    "sharing-10000": Figure(
+        "10,000 subscribers in two processes", 10_000, sharing, {"s to start": 10, "MB in all": 250, "us a delivery": 5}
     ),
     "cpu-subscribers": Curve("us of CPU a delivery, all processes", 2_560_000, cpu_to, "subscribers", (1, 2, 4, 8, 16, 64)),
     "steps": Figure("ns of CPU an event, among many", 300_000, steps, {}),

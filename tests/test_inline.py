@@ -653,7 +653,7 @@ def test_what_a_callback_raises_disturbs_nobody(engine: str, caplog: pytest.LogC
 def test_what_is_not_there_yet_is_refused_with_a_sentence(engine: str) -> None:
     hub = EventHub(engine=engine)
     subscribing: list[dict[str, Any]] = [
-        {"process": "other"}, {"start": "all"},
+        {"start": "all"},
     ]  # fmt: skip
     making: list[dict[str, Any]] = [
         {"retention": 1}, {"notify": ["mailto:a"]}, {"dashboard": 80},

@@ -167,7 +167,7 @@ def test_options_of_later_versions_are_refused_by_name() -> None:
     hub = EventHub()
     calls: dict[str, Callable[..., object]] = {
         "retention": lambda: EventHub(retention=1),  # type: ignore[arg-type]
-        "process": lambda: hub.subscribe("k", len, process="other"),
+        "start": lambda: hub.subscribe("k", len, start="all"),
     }
     for name, call in calls.items():
         with pytest.raises(mphub.InvalidOption, match=f"{name}.*this version has only"):

@@ -101,7 +101,7 @@ class Delivery:
                 spans = subtract(piece.spans, rest)
                 if spans:
                     piece.spans = rest
-                    self._hold(Held(number, index, count, piece.portion, spans, alone=spans[0][0] in piece.portion.attempts))
+                    self._hold(Held(number, index, count, piece.portion, spans, alone=self._runs_alone(piece.portion, spans[0][0])))
         for piece in self.window.drop_waiting():
             if piece.spans:
                 self.window.put(piece, self.window.waiting.append)
@@ -115,7 +115,7 @@ class Delivery:
     def _take(self, queue: deque[Piece], room: int, *, laned: bool = False) -> Held | None:
         piece = queue[0]
         first = piece.spans[0][0]
-        alone = first in piece.portion.attempts
+        alone = self._runs_alone(piece.portion, first)
         if (alone and self.holding) or self._comes_later(piece):
             return None
         taken = [(first, first + 1)] if alone else self._cut(piece.portion, piece.spans, room)
@@ -137,6 +137,9 @@ class Delivery:
             taken = chosen if alone else self._cut(piece.portion, chosen, room)
             return self._hand_over(waiting, taken, alone=alone) if taken else None
         return None
+
+    def _runs_alone(self, portion: Portion, index: int) -> bool:
+        return index in portion.attempts
 
     def _comes_later(self, piece: Piece) -> bool:
         """Say whether it is less urgent than what is not in the window yet."""
@@ -342,10 +345,13 @@ class Delivery:
             verdict.filtered.append((portion, spans_of(filtered)))
         return spans_of(rest)
 
+    def _most_attempts(self, portion: Portion, index: int) -> int:
+        return self.max_attempts
+
     def _charge(self, portion: Portion, index: int, verdict: Verdict) -> bool:
         """Count the attempt; say whether there is another one."""
         attempt = portion.attempts.get(index, 1)
-        if attempt >= self.max_attempts:
+        if attempt >= self._most_attempts(portion, index):
             verdict.dead.append((portion, index, attempt))
             return False
         portion.attempts[index] = attempt + 1

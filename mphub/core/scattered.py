@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
+from collections.abc import Iterable
+from operator import attrgetter
 from typing import Final
 
 from mphub.core.credit import Credit
 from mphub.core.delivery import Delivery, Held
-from mphub.core.spans import Spans, indexes, spans_of, subtract
+from mphub.core.spans import Spans, contains, subtract
 from mphub.core.window import Piece, Portion, Window
 
 FEW: Final = 16
@@ -22,7 +25,6 @@ class Scattered(Delivery):
 
     def __init__(self, window: Window, max_attempts: int, credit: Credit, slots: int, at_a_time: int) -> None:
         super().__init__(window, max_attempts, credit, slots, at_a_time)
-        self._by_number: dict[int, Held] = {}
         self._taken = bytearray(slots)
 
     # -- what the process holds
@@ -55,38 +57,49 @@ class Scattered(Delivery):
         self._note(held)
 
     def _note(self, held: Held) -> None:
-        for number in numbers_of(held, held.spans):
-            self._by_number[number] = held
-            self._taken[number % self.slots] = 1
+        self._mark(held, held.spans, b"\1")
+
+    def _mark(self, held: Held, spans: Spans, taken: bytes) -> None:
+        offset = held.number - held.index
+        for a, b in spans:
+            first = (offset + a) % self.slots
+            fits = min(b - a, self.slots - first)
+            self._taken[first : first + fits] = taken * fits
+            self._taken[: b - a - fits] = taken * (b - a - fits)
 
     def find(self, number: int) -> tuple[Portion, int] | None:
-        held = self._by_number.get(number)
-        return None if held is None else (held.portion, held.index + number - held.number)
+        at = bisect_right(self.held, number, key=number_of) - 1
+        if at < 0:
+            return None
+        held = self.held[at]
+        index = held.index + number - held.number
+        return (held.portion, index) if contains(held.spans, index) else None
 
     # -- what came of it
 
     def _release_within(self, numbers: Spans) -> list[tuple[Portion, Spans]]:
-        found: dict[Held, list[int]] = {}
-        for first, end in numbers:
-            some = range(first, end) if end - first <= len(self._by_number) else sorted(n for n in self._by_number if first <= n < end)
-            for number in some:
-                if number in self._by_number:
-                    held = self._by_number[number]
-                    found.setdefault(held, []).append(held.index + number - held.number)
         released = []
-        for held, ended in found.items():
-            spans = spans_of(ended)
-            held.spans = subtract(held.spans, spans)
+        for held in self._with(numbers):
+            left = held.without(numbers)
+            spans, held.spans = subtract(held.spans, left), left
             self._let_go(held, spans)
             released.append((held.portion, spans))
         self._tidy()
         return released
 
+    def _with(self, numbers: Spans) -> Iterable[Held]:
+        """Return what is held that some numbers may be of."""
+        found: dict[Held, None] = {}
+        for first, end in numbers:
+            at = max(0, bisect_right(self.held, first, key=number_of) - 1)
+            while at < len(self.held) and self.held[at].number < end:
+                found[self.held[at]] = None
+                at += 1
+        return found
+
     def _let_go(self, held: Held, spans: Spans) -> None:
         super()._let_go(held, spans)
-        for number in numbers_of(held, spans):
-            del self._by_number[number]
-            self._taken[number % self.slots] = 0
+        self._mark(held, spans, b"\0")
 
     def _tidy(self) -> None:
         """Take ranges off in which nothing is left: those in the middle once they are many."""
@@ -101,11 +114,7 @@ class Scattered(Delivery):
 
     def _forget(self) -> None:
         super()._forget()
-        self._by_number.clear()
         self._taken[:] = bytes(self.slots)
 
 
-def numbers_of(held: Held, spans: Spans) -> list[int]:
-    """Return the delivery numbers of some of its events."""
-    offset = held.number - held.index
-    return [offset + index for index in indexes(spans)]
+number_of = attrgetter("number")

@@ -33,7 +33,9 @@ class _Cache(dict[str, tuple[S, ...]]):
 class RoutingTable(Generic[S]):
     """A trie over tokens behind a bounded cache: a known key costs one dictionary lookup, however many patterns there are."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Callable[[tuple[S, ...]], tuple[S, ...]] = tuple) -> None:
+        """``group`` makes of those that a key has, once for all keys that have the same ones, what is to be found."""
+        self._group = group
         self._root: _Node[S] = _Node()
         self._entries: list[tuple[str, S]] = []
         self._order = 0
@@ -66,7 +68,10 @@ class RoutingTable(Generic[S]):
         if len(self._cache) >= MAX_CACHED:
             self._forget()
         found = self._search(key.split("."))
-        return self._sets.setdefault(found, found)
+        grouped = self._sets.get(found)
+        if grouped is None:
+            grouped = self._sets[found] = self._group(found)
+        return grouped
 
     def _forget(self) -> None:
         self._cache.clear()

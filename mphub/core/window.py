@@ -6,12 +6,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mphub.core.crowds import Pairs
 from mphub.core.rows import Row
 from mphub.core.spans import Spans, contains, first_of, indexes, length, spans_of, subtract
 
 if TYPE_CHECKING:
+    from mphub.core.aside import Aside
     from mphub.core.order import Order
 
 
@@ -33,10 +35,25 @@ class Portion:
     """When it was to start, if it had to wait for its time: seconds since the epoch."""
     rank: int = 0
     """Lower ones start first: the priority, turned round."""
+    pairs: Pairs[Any] | None = None
+    """What its indexes mean, if it is for several subscribers that share a process: (event, subscriber) pairs, not events."""
+
+    def event(self, index: int) -> int:
+        """Return which event of the row an index is."""
+        return index if self.pairs is None else self.pairs.at(index)[0]
+
+    def of_events(self, events: list[int]) -> list[int]:
+        """Return the indexes of some events."""
+        return events if self.pairs is None else self.pairs.of_events(events)
 
     @property
     def count(self) -> int:
         return length(self.todo)
+
+    @property
+    def is_whole(self) -> bool:
+        """Say whether it is all that there is of the row for whom it is."""
+        return self.todo == [(0, self.row.count if self.pairs is None else self.pairs.count)]
 
     @property
     def place(self) -> tuple[int, float]:
@@ -77,6 +94,8 @@ class Window:
     def __init__(self) -> None:
         self.order: Order | None = None
         """How ordering keys keep theirs, if they do."""
+        self.aside: Aside[Any] | None = None
+        """What waits for some of the subscribers that share a process, if they do."""
         self.waiting: deque[Piece] = deque()
         self.tail: int | None = None
         """The first row behind it, in the journal; until there is none, nothing starts that is less urgent than usual."""
@@ -152,9 +171,11 @@ class Window:
         return pieces
 
     def gather(self) -> None:
-        """Let what waits for one process alone wait for all again."""
+        """Let what waits apart from the rest wait with it again."""
         if self.order is not None:
             self.extend_left(self.order.empty())
+        if self.aside is not None:
+            self.extend_left(self.aside.empty())
 
     def extend_left(self, pieces: list[Piece]) -> None:
         """Let what waited for one process alone, or behind a retry, go before all that is as urgent."""
@@ -218,7 +239,10 @@ class Window:
 def expiring(portion: Portion) -> dict[int, float]:
     """Return when events are too late to start, of those that have such a time."""
     extras = portion.row.batch.extras
-    return {index: extra.expires for index, extra in extras.items() if extra.expires} if extras else {}
+    times = {event: extra.expires for event, extra in extras.items() if extra.expires} if extras else {}
+    if portion.pairs is None:
+        return times
+    return {index: at for event, at in times.items() for index in portion.of_events([event])}
 
 
 def deadlines(piece: Piece) -> Iterator[tuple[int, float]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from mphub.core.aside import Hosted
 from mphub.core.credit import Credit
 from mphub.core.delivery import Delivery, Held
 from mphub.core.grouped import Grouped
 from mphub.core.scattered import Scattered
 from mphub.core.spans import length
+from mphub.procs.hosts import Member
 from mphub.procs.mailbox import Mailbox
 from mphub.store.board import SLOTS
 
@@ -37,6 +39,9 @@ class Consumer:
 def delivery_of(box: Mailbox) -> Delivery:
     """Return what hands out the events of an inbox in the way that its subscriber runs them."""
     spec = box.spec
+    if spec.hosts:
+        most = SLOTS // 2
+        return Hosted[Member](box.window, spec.max_attempts, Credit(most, most), SLOTS, most)
     if spec.concurrency > 1:
         count = spec.concurrency
         return Scattered(box.window, spec.max_attempts, Credit(max(SLOTS // 2, count), count, at_a_time=count), SLOTS, count)

@@ -22,6 +22,7 @@ from mphub.core.delivery import DONE, FAILED, FILTERED, HANDLED, RUNNING, WAITIN
 from mphub.core.order import ordering_key
 from mphub.core.spans import Spans, spans_of
 from mphub.events import Event, EventId
+from mphub.procs.handlers import Runner, Work
 from mphub.procs.one_by_one import MANY_FAILURES, REPORT_AFTER
 from mphub.procs.outputs import Outputs
 from mphub.procs.parcels import Parcel
@@ -47,9 +48,8 @@ class Job:
 
     __slots__ = ("answer", "began", "error", "is_open", "number", "outputs", "parcel", "place", "seconds", "slot", "thread", "wanted")
 
-    def __init__(self, parcel: Parcel, place: int) -> None:
-        self.parcel, self.place = parcel, place
-        self.number = parcel.number(place)
+    def __init__(self, parcel: Parcel, place: int, number: int) -> None:
+        self.parcel, self.place, self.number = parcel, place, number
         self.slot = Board.base + self.number % SLOTS
         self.outputs: Outputs | None = None
         self.thread = 0
@@ -65,12 +65,16 @@ class Job:
         return self.parcel.deliver.epoch
 
     @property
+    def attempt(self) -> int:
+        return self.parcel.attempt(self.place)
+
+    @property
     def key(self) -> str:
         """Its ordering key."""
         return ordering_key(self.parcel.batch, self.parcel.index(self.place))
 
 
-_current: ContextVar[Job | None] = ContextVar("mphub_job", default=None)
+current: ContextVar[Job | None] = ContextVar("mphub_job", default=None)
 """Whose handler this is: tasks that a coroutine starts inherit it."""
 
 
@@ -110,8 +114,11 @@ class Crew(Way):
         self.dial_at = inf
         self.is_stopping = False
         self.name, self.folder, self.clock, self.codec = worker.name, worker.folder, worker.clock, worker.codec
-        loop = worker.runner.loop
-        self.hands: Hands = Threads(self) if loop is None else Tasks(self, loop.get_loop())
+        self.hands = self._hands()
+
+    def _hands(self) -> Hands:
+        loop = self.worker.runner.loop
+        return Threads(self) if loop is None else Tasks(self, loop.get_loop())
 
     def run(self) -> None:
         """Handle what comes until asked to stop and nothing runs any more."""
@@ -119,7 +126,7 @@ class Crew(Way):
         try:
             self._step()
             while self.running or not self.is_stopping:
-                self.hands.wait(self._line, min(self._report_at(), self.dial_at))
+                self.hands.wait(self._line, self._wake_at())
                 self._step()
         finally:
             self._collect_last()
@@ -127,10 +134,14 @@ class Crew(Way):
         if self.dialled is not None:
             self.dialled.close()
 
+    def _wake_at(self) -> float:
+        """Return when there is something to do though nothing comes, by the monotonic clock."""
+        return min(self._report_at(), self.dial_at)
+
     def _step(self) -> None:
         self._read()
         self._collect()
-        if self.states[RECALLED]:
+        if self.states[RECALLED] and self.dialled is None:  # else the next router has been told what this process holds
             self._give_back()
         self._start()
 
@@ -166,10 +177,14 @@ class Crew(Way):
             worker.adopt(line, got[1])
         elif (parcel := worker.unpack(got)) is not None:
             self.end = parcel.end
-            for place in range(len(parcel.events)):
-                job = Job(parcel, place)
-                self.open[job.number] = job
-                self.coming.append(job)
+            self._note(parcel)
+
+    def _note(self, parcel: Parcel) -> None:
+        """Let events of a parcel wait for their turn."""
+        for place in range(len(parcel.events)):
+            job = Job(parcel, place, parcel.number(place))
+            self.open[job.number] = job
+            self.coming.append(job)
 
     def claims(self) -> Iterator[tuple[int, int]]:
         self._forget_confirmed()
@@ -208,17 +223,23 @@ class Crew(Way):
 
     # -- a handler's side: in its thread, or on the loop
 
+    def runner_of(self, job: Job) -> Runner:
+        return self.worker.runner
+
+    def work_of(self, job: Job) -> Work:
+        return self.worker.work
+
     def load(self, job: Job) -> Any:
         """Return the payload, and note whether the event is wanted."""
         payload = job.parcel.loads(job.parcel.events[job.place])
-        wants = self.worker.runner.wants
+        wants = self.runner_of(job).wants
         job.wanted = wants is None or bool(wants(payload))
         return payload
 
     def keep(self, job: Job, result: object) -> None:
         """Pickle what a handler has returned, if somebody wants it."""
         assert job.outputs is not None
-        to = self.worker.work.to
+        to = self.work_of(job).to
         if to is not None and result is not None:
             job.outputs.publish(to, self.codec.encode_apart(result, "result"), None)
         if job.parcel.deliver.batch.reply:
@@ -274,7 +295,7 @@ class Crew(Way):
         if not job.wanted:
             worker.filter_out(job.number)
         elif (error := job.error or self._commit(job, outputs)) is not None:
-            goes_first = worker.fail(job.number, error, job.parcel.attempt(job.place), soon=True)
+            goes_first = worker.fail(job.number, error, job.attempt, self.work_of(job), soon=True)
         else:
             worker.ended.append(job.number)
         outputs.fresh.clear()
@@ -322,29 +343,34 @@ class Crew(Way):
 
     def _give_back(self, *, with_what_comes: bool = False) -> None:
         """Return what has not started, if there is any (or what is under way may be); what runs goes on."""
-        waiting = sorted(job.number for jobs in (self.coming, *self.busy.values()) for job in jobs)
+        waiting = self._take_back()
         if not waiting and not with_what_comes:
             return
-        self.coming.clear()
-        for jobs in self.busy.values():
-            jobs.clear()
         for number in waiting:
             del self.open[number]
         first = min([next(iter(self.open), self.end), *waiting[:1]])
         self._tell(first, returned=True, still=spans_of(self.open))
         self.worker.generation += 1
 
+    def _take_back(self) -> list[int]:
+        """Take out what has not started; return its numbers."""
+        waiting = sorted(job.number for jobs in (self.coming, *self.busy.values()) for job in jobs)
+        self.coming.clear()
+        for jobs in self.busy.values():
+            jobs.clear()
+        return waiting
+
     # -- what a handler may ask (Context)
 
     @property
     def thread(self) -> int:
         """Return the thread of the handler that this is called in, if any."""
-        job = _current.get()
+        job = current.get()
         return job.thread if job is not None and job.is_open else 0
 
     @property
     def epoch(self) -> int:
-        job = _current.get()
+        job = current.get()
         return job.epoch if job is not None else 0
 
     def publish(self, key: str, payload: object, extra: frames.Extra | None, *, now: bool) -> EventId:
@@ -357,11 +383,14 @@ class Crew(Way):
         return self.worker.request(key, payload, target, extra)
 
     def current_events(self) -> list[Event]:
-        job = _current.get()
-        return [self.worker.event(job.parcel, job.place)] if job is not None and job.is_open else []
+        job = current.get()
+        return [self.event_of(job)] if job is not None and job.is_open else []
+
+    def event_of(self, job: Job) -> Event:
+        return self.worker.event(job.parcel, job.place)
 
     def _outputs(self) -> Outputs:
-        job = _current.get()
+        job = current.get()
         assert job is not None and job.outputs is not None
         return job.outputs
 
@@ -407,14 +436,14 @@ class Threads:
     def _handle(self, job: Job) -> None:
         crew = self.crew
         job.thread = threading.get_ident()
-        _current.set(job)
+        current.set(job)
         try:
             payload = crew.load(job)
             if job.wanted:
                 crew.keep(job, crew.worker.runner.call(payload))
         except BaseException as error:
             job.error = error
-        _current.set(None)
+        current.set(None)
         crew.leave(job)
         with contextlib.suppress(BlockingIOError):
             os.write(self.wake, b"\0")
@@ -450,7 +479,7 @@ class Tasks:
     async def _handle(self, job: Job) -> None:
         crew = self.crew
         job.thread = self.thread
-        _current.set(job)
+        current.set(job)
         try:
             payload = crew.load(job)
             if job.wanted:

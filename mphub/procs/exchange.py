@@ -21,16 +21,18 @@ from mphub.core.keys import nearest
 from mphub.core.order import ordering_key
 from mphub.core.rate import Quota
 from mphub.core.rows import Row, part_of, share
-from mphub.core.spans import Spans, first_of, indexes, length, spans_of, subtract
+from mphub.core.spans import Spans, contains, first_of, indexes, length, spans_of, subtract
 from mphub.core.table import RoutingTable
 from mphub.core.window import Portion
 from mphub.errors import JournalError
 from mphub.observe.limiter import Limiter
 from mphub.procs.consumer import Consumer
+from mphub.procs.hosts import Host, Member, Target, crowds_of, each_of, portions_of
 from mphub.procs.letters import Cause, Letters
-from mphub.procs.mailbox import ABSENT, LASTING, Mailbox, event_id, single_portion
+from mphub.procs.mailbox import ABSENT, LASTING, Mailbox, event_id, hex_id
 from mphub.procs.recovery import recover
 from mphub.procs.room import Room
+from mphub.procs.sharing import Sharing
 from mphub.procs.taps import Taps
 from mphub.procs.withdrawals import CANCELLED, OVERFLOW, Withdrawals
 from mphub.store.blobs import Blobs, References
@@ -89,7 +91,10 @@ class Exchange:
         self.boxes: dict[str, Mailbox] = {}
         self.full: set[Mailbox] = set()
         """Those whose publishers wait."""
-        self.table: RoutingTable[Mailbox] = RoutingTable()
+        self.members: dict[str, Member] = {}
+        """Subscribers that share a process with others: those have a box together."""
+        self.sharing = Sharing(self)
+        self.table: RoutingTable[Target] = RoutingTable(self.sharing.together)
         self.accepted = 0
         self.closed = False
         """Nothing is taken in any more."""
@@ -150,6 +155,8 @@ class Exchange:
 
     def _write_dirty(self) -> None:
         for box, portions in self._dirty.items():
+            if isinstance(box, Host):
+                self.sharing.tidy(box)
             if box.runs_low():
                 self.refill(box)
             if box.ranked:
@@ -157,7 +164,8 @@ class Exchange:
             for row in box.advance(self.next_row):
                 self.journal.delete("progress", progress_key(box, row))
             self._write_progress(box, portions)
-            self.journal.put("subscribers", b"s" + box.name.encode(), encode(box.state))
+            for key, value in box.changed_books():
+                self.journal.put("subscribers", key, value)
             self._note_full(box)
         self._dirty.clear()
         for publisher in self._dirty_publishers:
@@ -208,7 +216,8 @@ class Exchange:
                 self.set_status(spec.name, "STARTING")
         else:
             number = 1 + max((b.number for b in self.boxes.values()), default=0)
-            box = Mailbox.make(spec, SubscriberState(number, self.next_row, Counters()), self.admitted)
+            kind = Host if spec.hosts else Mailbox
+            box = kind.make(spec, SubscriberState(number, self.next_row, Counters()), self.admitted)
             self.boxes[spec.name] = box
         for pattern in spec.patterns:
             self.table.add(pattern, box)
@@ -233,8 +242,8 @@ class Exchange:
 
     def unsubscribe(self, name: str) -> None:
         """Route nothing more to a subscriber, also under the next router."""
-        if name in self.boxes:
-            self.table.remove(self.boxes[name])
+        if (who := self.find(name)) is not None:
+            self.table.remove(who)
             self.journal.put("subscribers", b"u" + name.encode(), b"1")
 
     def forget(self, name: str, reason: str) -> None:
@@ -261,8 +270,8 @@ class Exchange:
     def drop(self, box: Mailbox, portion: Portion, spans: Spans, reason: str) -> int:
         count = length(spans)
         if portion.row.batch.reply:
-            self._answer_all(portion.row, spans, "dropped", encode(reason))
-        box.counters.drop(reason, count)
+            self._answer_all(portion, spans, "dropped", encode(reason))
+        box.note_dropped(portion, spans, reason)
         self.settle(box, portion, spans)
         return count
 
@@ -285,12 +294,16 @@ class Exchange:
     def _fail_requests(self, box: Mailbox) -> None:
         """End all requests: who asks does not wait for what nobody will start."""
         for portion, spans in self.withdrawals.requests_of(box):
-            self._fail_request(box, portion, spans)
+            self.fail_request(box, portion, spans)
 
-    def _fail_request(self, box: Mailbox, portion: Portion, spans: Spans) -> None:
-        self._answer_all(portion.row, spans, "fatal", encode((box.name, box.status)))
-        box.counters.dead += length(spans)
+    def fail_request(self, box: Mailbox, portion: Portion, spans: Spans) -> None:
+        self._refuse_request(box, portion, spans)
         self.settle(box, portion, list(spans))
+
+    def _refuse_request(self, box: Mailbox, portion: Portion, spans: Spans) -> None:
+        who = box.who(portion, spans[0][0])
+        self._answer_all(portion, spans, "fatal", encode((who.name, who.condition)))
+        who.counters.dead += length(spans)
 
     # -- events in
 
@@ -342,50 +355,49 @@ class Exchange:
         if self.taps.listeners:
             self.taps.note(batch, header, body)
         self.references.hold(batch.blob)
-        taken = {box: left for box, spans in matched.items() if (left := self._admit(box, row, spans))}
+        taken = {box: portion for box, portion in portions_of(row, matched) if self._admit(box, portion)}
         if batch.extras is not None and (apart := set_apart(batch.extras, self.clock())):
-            taken = {box: left for box, spans in taken.items() if (left := self._set_apart(box, row, spans, apart))}
+            taken = {box: portion for box, portion in taken.items() if self._set_apart(box, portion, apart)}
         if taken:
             self._store(row, taken)
         self.references.drop(batch.blob)
 
-    def _set_apart(self, box: Mailbox, row: Row, spans: Spans, apart: dict[int, float]) -> Spans:
-        """Let events wait in rows of their own for their time, or by their priority; return the others."""
-        found = [index for index in indexes(spans) if index in apart]
-        self._put_off(box, row, [index for index in found if apart[index]], apart)
-        for index in found:
-            if not apart[index]:
-                batch, body = self.cut_out(row, index)
-                box.take_in(row.epoch, 1, share(batch))
-                box.wait_by_rank(batch, self.make_single(box, batch, body, row.epoch, 1, 0.0))
+    def _set_apart(self, box: Mailbox, portion: Portion, apart: dict[int, float]) -> bool:
+        """Let events wait in rows of their own for their time, or by their priority; say whether there are others."""
+        due = {index: at for event, at in apart.items() for index in portion.of_events([event]) if contains(portion.todo, index)}
+        self._put_off(box, portion, [index for index in sorted(due) if due[index]], due)
+        for index in sorted(due):
+            if not due[index]:
+                batch, body = self.cut_out(box, portion, index)
+                box.account_apart(portion, index, share(batch))
+                box.wait_by_rank(batch, self.make_single(box, batch, body, portion.row.epoch, 1, 0.0))
         self._drop_excess(box)
         self.touch(box)
-        return subtract(spans, spans_of(found))
+        portion.todo = subtract(portion.todo, spans_of(sorted(due)))
+        return bool(portion.todo)
 
-    def _put_off(self, box: Mailbox, row: Row, late: list[int], due: dict[int, float]) -> None:
+    def _put_off(self, box: Mailbox, portion: Portion, late: list[int], due: dict[int, float]) -> None:
         """Let events wait for their time."""
-        if box.overflow != "block" and (excess := late[max(0, box.spec.inbox.maxsize - len(box.delayed)) :]):
-            self._overflow(box, row, spans_of(excess))
+        if box.overflow != "block" and (excess := late[max(0, box.maxsize - len(box.delayed)) :]):
+            self._overflow(box, portion, spans_of(excess))
             late = late[: -len(excess)]
         for index in late:
-            batch, body = self.cut_out(row, index)
-            box.take_in(row.epoch, 1, share(batch))
-            self._wait_until(box, batch, body, row.epoch, 1, due[index])
+            batch, body = self.cut_out(box, portion, index)
+            box.account_apart(portion, index, share(batch))
+            self._wait_until(box, batch, body, portion.row.epoch, 1, due[index])
 
-    def _store(self, row: Row, taken: dict[Mailbox, Spans]) -> None:
-        whole = [(0, row.count)]
-        matched = {box.number: None if spans == whole else spans for box, spans in taken.items()}
-        stored = encode((row.epoch, msgspec.Raw(row.header), matched, row.body))
+    def _store(self, row: Row, taken: dict[Mailbox, Portion]) -> None:
+        matched = {box.number: None if portion.is_whole else portion.todo for box, portion in taken.items()}
+        stored = encode((row.epoch, msgspec.Raw(row.header), matched, row.body, *crowds_of(taken)))
         self.journal.append("rows", row.id.to_bytes(8, "big"), stored)
         self._rows[row.id] = row
         self.left[row.id] = len(taken)
         self.references.hold_for(row.id, row.batch.blob)
-        size = row.share
-        for box, spans in taken.items():
-            self._deliver_to(box, Portion(row, spans, size))
+        for box, portion in taken.items():
+            self._deliver_to(box, portion)
 
-    def _match(self, batch: Batch) -> dict[Mailbox, Spans]:
-        matched: dict[Mailbox, Spans] = {}
+    def _match(self, batch: Batch) -> dict[Target, Spans]:
+        matched: dict[Target, Spans] = {}
         for boxes, first, end in self._stretches(batch):
             for box in boxes:
                 spans = matched.setdefault(box, [])
@@ -395,9 +407,10 @@ class Exchange:
                     spans.append((first, end))
         return matched
 
-    def _stretches(self, batch: Batch) -> Iterator[tuple[tuple[Mailbox, ...], int, int]]:
+    def _stretches(self, batch: Batch) -> Iterator[tuple[tuple[Target, ...], int, int]]:
         """Yield (subscribers, first event, end) of events that are for the same ones: a batch may have a thousand keys."""
-        found = self.table.match_all(batch.keys) if batch.target is None else [self._named(batch.target)] * len(batch.keys)
+        named = self._named(batch.target) if batch.target is not None else None
+        found = self.table.match_all(batch.keys) if named is None else [named] * len(batch.keys)
         last, first = found[0], 0
         if not last or found.count(last) < len(found):
             for boxes, (key, start, end) in zip(found, batch.runs(), strict=True):
@@ -408,15 +421,22 @@ class Exchange:
                     self._count_unmatched(key, end - start)
         yield last, first, batch.count
 
-    def _named(self, target: str) -> tuple[Mailbox, ...]:
-        box = self.boxes.get(target)
-        return (box,) if box is not None else ()
+    def _named(self, target: str) -> tuple[Target, ...]:
+        found = self.find(target)
+        return (found,) if found is not None else ()
 
-    def _match_request(self, batch: Batch) -> dict[Mailbox, Spans]:
+    def find(self, name: str) -> Mailbox | Member | None:
+        """Return a subscriber by its name."""
+        return self.members.get(name) or self.boxes.get(name)
+
+    def _match_request(self, batch: Batch) -> dict[Target, Spans]:
         """Find the one subscriber that answers, or end the requests."""
         key = batch.key(0)
-        found = self._named(batch.target) if batch.target is not None else (box for box in self.table.match(key) if box.spec.answers)
-        boxes = tuple(box for box in found if not box.is_absent)
+        if batch.target is not None:
+            found = each_of(self._named(batch.target))
+        else:
+            found = (who for who in each_of(self.table.match(key)) if who.spec.answers)
+        boxes = tuple(who for who in found if not who.is_absent)
         outcome, message = "", ""
         if not boxes:
             outcome, message = "nobody", self._nobody(batch.target or key)
@@ -432,7 +452,7 @@ class Exchange:
         return {boxes[0]: [(0, batch.count)]}
 
     def _nobody(self, key: str) -> str:
-        owner = {pattern: box.name for pattern, box in self.table.patterns()}
+        owner = {pattern: who.name for pattern, target in self.table.patterns() for who in each_of([target])}
         near = nearest(key, owner)
         return f"no subscriber for {key!r}" + (f" (nearest pattern: {near!r} of {owner[near]!r})" if near else "")
 
@@ -445,53 +465,54 @@ class Exchange:
         self.unmatched[key] = self.unmatched.get(key, 0) + count
         self._meta = (0, 0, 0)
 
-    def _admit(self, box: Mailbox, row: Row, spans: Spans) -> Spans:
-        """Return which of some new events an inbox takes; the rest ends here, and leaves nothing behind but its count."""
-        if row.batch.reply and box.given_up:
-            self._answer_all(row, spans, "fatal", encode((box.name, box.status)))
-            box.counters.accepted += length(spans)
-            box.counters.dead += length(spans)
+    def _admit(self, box: Mailbox, portion: Portion) -> bool:
+        """Leave of some new events those that an inbox takes, and say whether there are any; the rest ends here, and leaves nothing behind
+        but its count.
+        """
+        if portion.row.batch.reply and box.who(portion, 0).given_up:
+            box.note_refused(portion, portion.todo)
+            self._refuse_request(box, portion, portion.todo)
             self.touch(box)
-            return []
+            return False
         if box.sieve is not None:
-            spans = self._sift(box, box.sieve, row, spans)
-        if box.overflow in ("block", "drop_oldest", "latest"):
-            return spans
-        taken = first_of(spans, box.room())
-        if excess := subtract(spans, taken):
-            self._overflow(box, row, excess)
-        return taken
+            self._sift(box, box.sieve, portion)
+        if box.overflow not in ("block", "drop_oldest", "latest"):
+            taken = first_of(portion.todo, box.room())
+            if excess := subtract(portion.todo, taken):
+                self._overflow(box, portion, excess)
+            portion.todo = taken
+        return bool(portion.todo)
 
-    def _sift(self, box: Mailbox, quota: Quota, row: Row, spans: Spans) -> Spans:
-        """Drop new events that exceed the subscriber's rate; return the others."""
+    def _sift(self, box: Mailbox, quota: Quota, portion: Portion) -> None:
+        """Drop new events that exceed the subscriber's rate."""
         now = self.clock()
-        taken = first_of(spans, quota.room(now))
+        taken = first_of(portion.todo, quota.room(now))
         if taken:
             quota.spend(now, length(taken))
-        if excess := subtract(spans, taken):
-            self._refuse(box, row, excess, "rate")
-        return taken
+        if excess := subtract(portion.todo, taken):
+            self._refuse(box, portion, excess, "rate")
+        portion.todo = taken
 
-    def _overflow(self, box: Mailbox, row: Row, spans: Spans) -> None:
+    def _overflow(self, box: Mailbox, portion: Portion, spans: Spans) -> None:
         """Drop new events that the inbox has no room for, or make dead letters of them."""
         if box.overflow == "dead_letter":
-            box.counters.accepted += length(spans)
+            box.note_refused(portion, spans)
             self.touch(box)
-            self.letters.bury_untried(box, row, spans, OVERFLOW)
+            self.letters.bury_untried(box, portion, spans, OVERFLOW)
         else:
-            self._refuse(box, row, spans, OVERFLOW)
+            self._refuse(box, portion, spans, OVERFLOW)
 
-    def _refuse(self, box: Mailbox, row: Row, spans: Spans, reason: str) -> None:
+    def _refuse(self, box: Mailbox, portion: Portion, spans: Spans, reason: str) -> None:
         """Drop new events."""
         self.touch(box)
-        box.counters.accepted += length(spans)
-        if row.batch.reply:
-            self._answer_all(row, spans, "dropped", encode(reason))
-        box.counters.drop(reason, length(spans))
+        box.note_refused(portion, spans)
+        if portion.row.batch.reply:
+            self._answer_all(portion, spans, "dropped", encode(reason))
+        box.note_dropped(portion, spans, reason)
 
-    def _answer_all(self, row: Row, spans: Spans, outcome: str, body: bytes) -> None:
+    def _answer_all(self, portion: Portion, spans: Spans, outcome: str, body: bytes) -> None:
         for index in indexes(spans):
-            self.letters.answer(row, index, outcome, body)
+            self.letters.answer(portion, index, outcome, body)
 
     def _deliver_to(self, box: Mailbox, portion: Portion) -> None:
         box.account(portion)
@@ -526,6 +547,8 @@ class Exchange:
         self._dirty_frames.add(incarnation)
         failed = {f.number: found for f in report.failures if (found := delivery.find(f.number))}
         filtered = {number: found for number in report.filtered if (found := delivery.find(number))}
+        if isinstance(box, Host) and (report.slow or report.free):
+            self.sharing.note_slow(box, report.slow, report.free)
         # sent again to a new router it is of a generation before its hello, which has given all back already
         before = box.window.loaded
         returned = report.returned and report.generation >= delivery.generation
@@ -539,7 +562,7 @@ class Exchange:
         if report.snapshot is not None or report.snapshot_blob is not None:
             self.letters.keep_snapshot(consumer.snapshot_key, report.snapshot or b"", report.snapshot_blob)
         for portion, spans in finished:
-            box.counters.handled += length(spans)
+            box.note_handled(portion, spans)
             self.settle(box, portion, spans)
         for portion, index in filtered.values():
             self.drop(box, portion, [(index, index + 1)], "filtered")
@@ -556,18 +579,18 @@ class Exchange:
 
     def _fail(self, box: Mailbox, portion: Portion, index: int, failure: Failure, now: float) -> None:
         attempt = portion.attempts.get(index, 1)
-        box.counters.failed += 1
-        row = portion.row
-        event = f"{row.batch.publisher << 40 | row.batch.number + index:026x}"
+        row, who, event = portion.row, box.who(portion, index), portion.event(index)
+        who.counters.failed += 1
         self.tell(
-            "failure", box.name, failure.traceback, key=row.batch.key(index), id=event, attempt=attempt, reason=failure.reason
+            "failure", who.name, failure.traceback, key=row.batch.key(event), id=hex_id(row.batch, event), attempt=attempt,
+            reason=failure.reason,
         )  # fmt: skip
         if (row.id, index) in box.withdrawn:
             self.drop(box, portion, [(index, index + 1)], CANCELLED)
         elif failure.retry and box.has_newer(portion, index):
             self.drop(box, portion, [(index, index + 1)], OVERFLOW)
-        elif failure.retry and attempt < box.spec.max_attempts:
-            box.counters.retried += 1
+        elif failure.retry and attempt < who.spec.max_attempts:
+            who.counters.retried += 1
             if failure.delay > 0:
                 self._postpone(box, portion, index, attempt + 1, now + failure.delay)
             else:
@@ -580,7 +603,7 @@ class Exchange:
 
     def _postpone(self, box: Mailbox, portion: Portion, index: int, attempt: int, due: float) -> None:
         """Cut one event out into a row of its own that waits for its time."""
-        batch, body = self.cut_out(portion.row, index)
+        batch, body = self.cut_out(box, portion, index)
         self._wait_until(box, batch, body, portion.row.epoch, attempt, due)
         if box.window.order is not None:
             box.window.order.retry(ordering_key(batch, 0))
@@ -591,8 +614,15 @@ class Exchange:
     def _wait_until(self, box: Mailbox, batch: Batch, body: bytes, epoch: int, attempt: int, due: float) -> None:
         heapq.heappush(box.delayed, (due, self.make_single(box, batch, body, epoch, attempt, due), event_id(batch)))
 
-    def cut_out(self, row: Row, index: int) -> tuple[Batch, bytes]:
+    def cut_out(self, box: Mailbox, portion: Portion, index: int) -> tuple[Batch, bytes]:
         """Return one event alone: (header, an array of its pickle, empty if that is a blob)."""
+        row, event = portion.row, portion.event(index)
+        if portion.pairs is None:
+            return self._cut_out(row, event)
+        batch, body = self._cut_out(row, event)
+        return msgspec.structs.replace(batch, target=box.who(portion, index).name), body
+
+    def _cut_out(self, row: Row, index: int) -> tuple[Batch, bytes]:
         if row.is_blob:
             return row.batch, b""
         events = views(self.blobs.read(row.batch.blob)) if row.batch.blob is not None else row.events()
@@ -615,15 +645,18 @@ class Exchange:
     def _died(self, consumer: Consumer, verdict: Verdict, cause: Cause) -> None:
         box = consumer.box
         for portion, spans in verdict.finished:
-            box.counters.handled += length(spans)
+            box.note_handled(portion, spans)
             self.settle(box, portion, spans)
         for portion, spans in verdict.filtered:
             self.drop(box, portion, spans, "filtered")
         for portion, index, attempts in verdict.dead:
             self.letters.bury(box, portion, index, cause.reason, attempts, cause=cause)
         for portion in verdict.changed:
+            if portion.pairs is not None:
+                portion.due = 0.0  # of a retry, which runs beside others unless it was charged for a death
             self.touch(box)[portion.row.id] = portion
-        box.counters.retried += len(verdict.again)
+        for again in verdict.again:
+            box.who(again.portion, again.index).counters.retried += 1
         if box.withdrawn:
             self.withdrawals.came_back(box)
         self.touch(box)
@@ -746,7 +779,7 @@ class Exchange:
     def load_single(self, box: Mailbox, number: int, put: Callable[[Portion], None]) -> None:
         value = self.journal.get("singles", single_key(box, number))
         if value is not None:
-            put(single_portion(number, _single.decode(value)))
+            put(box.single(number, _single.decode(value)))
 
     def refill(self, box: Mailbox, least: int = 0) -> None:
         """Read on where the window ends, at any rate to row ``least``; what has become too late meanwhile makes room for more."""
@@ -781,12 +814,11 @@ class Exchange:
         touched = self._dirty.get(box, {}).get(number)
         if touched is not None:  # of this turn, and not in the journal yet
             return touched
-        spans = stored.matched[box.number]
         row = self._rows.get(number)
         if row is None:
             row = Row(number, stored.epoch, stored.batch, encode(stored.batch), stored.body)
             self._rows[number] = row
-        portion = Portion(row, [(0, row.count)] if spans is None else list(spans), row.share)
+        portion = box.portion(row, stored)
         if number in box.noted and (value := self.journal.get("progress", progress_key(box, number))) is not None:
             known = _progress.decode(value)
             portion.todo, portion.attempts = list(known.todo), dict(known.attempts)
@@ -854,15 +886,14 @@ class Exchange:
 
     def left_until(self, epoch: int) -> dict[str, int]:
         """Return, by subscriber, the unfinished events of an epoch and older ones; who is not there has all the time."""
-        there = [box for box in self.boxes.values() if not box.is_absent]
-        counts = {box.name: sum(n for e, n in box.counters.pending.items() if e <= epoch) for box in there}
-        return {name: count for name, count in counts.items() if count}
+        counts = [box.left_until(epoch) for box in self.boxes.values() if not box.is_absent]
+        return {name: count for each in counts for name, count in each.items() if count}
 
     def held_patterns(self) -> list[str]:
         """Return the patterns whose publishers wait; ``>`` when the journal is as full as admission allows."""
         if self.used >= self.admitted:
             return [">"]
-        return sorted({pattern for box in self.full for pattern in box.spec.patterns}) if self.full else []
+        return sorted({pattern for box in self.full for pattern in box.patterns}) if self.full else []
 
     def _note_full(self, box: Mailbox) -> None:
         box.update_full()

@@ -15,6 +15,7 @@ from mphub.core.keys import check_name, matches
 from mphub.errors import BatchFailed, HubError, InvalidOption, PayloadError, Reject, RetryLater
 from mphub.options import backoff
 from mphub.subscriber import Subscriber
+from mphub.wire.frames import Joined
 from mphub.wire.specs import Spec
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class Runner:
     """Where its coroutines run."""
     wants: Callable[[Any], object] | None = None
     """Whether an event is for the handler at all."""
+
+
+def nothing() -> tuple[Work, Runner]:
+    """Return what a process has that runs the handlers of others."""
+    return Work(None, (), 0.0, 1.0, 0.0, None), Runner(lambda payload: None)
 
 
 def check_where(where: object) -> None:
@@ -189,7 +195,7 @@ def retry_after(work: Work, error: BaseException, attempt: int) -> tuple[bool, f
     return True, backoff(work.delay, work.factor, attempt - 1, work.max_delay)
 
 
-def check_other(spec: Spec, key: str, target: str | None) -> None:
+def check_other(spec: Spec | Joined, key: str, target: str | None) -> None:
     """Refuse what a handler asks of its own subscriber.
 
     Raises HubError.

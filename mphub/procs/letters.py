@@ -11,7 +11,7 @@ import msgspec
 from mphub.core.rows import Row, part_of, share
 from mphub.core.spans import Spans, indexes, length, spans_of, subtract
 from mphub.core.window import Portion
-from mphub.procs.mailbox import Mailbox, event_id, rank_of
+from mphub.procs.mailbox import Mailbox, Named, event_id, hex_id, rank_of
 from mphub.store.journal import Dead, on_disk
 from mphub.wire.frames import Extra, Reply, ReplyRow, decoder, encode, join, split, views
 
@@ -74,38 +74,41 @@ class Letters:
         error: bytes = b"", cause: Cause | None = None, told: bool = False,
     ) -> None:  # fmt: skip
         """End one event as a dead letter; a request's failure goes to its requester instead."""
-        self._enter(box, portion.row, index, reason, attempts, error, cause or NO_DEATH, told)
+        self._enter(box, portion, index, reason, attempts, error, cause or NO_DEATH, told)
         self.exchange.settle(box, portion, [(index, index + 1)])
 
     def _enter(
-        self, box: Mailbox, row: Row, index: int, reason: str, attempts: int,
+        self, box: Mailbox, portion: Portion, index: int, reason: str, attempts: int,
         error: bytes = b"", cause: Cause = NO_DEATH, told: bool = False,
     ) -> None:  # fmt: skip
+        row, who = portion.row, box.who(portion, index)
         if row.batch.reply:
             outcome, body = request_outcome(reason, error, cause)
-            self.answer(row, index, outcome, body)
+            self.answer(portion, index, outcome, body)
         else:
-            batch, body = self.exchange.cut_out(row, index)
+            batch, body = self.exchange.cut_out(box, portion, index)
             self._keep(
                 Dead(
-                    box.name, batch, body, reason, attempts, self.exchange.clock(), error,
+                    who.name, batch, body, reason, attempts, self.exchange.clock(), error,
                     cause.traceback, cause.exit, cause.pid, cause.rss, cause.stderr, told,
                 )
             )  # fmt: skip
-            event = f"{row.batch.publisher << 40 | row.batch.number + index:026x}"
-            self.exchange.tell("dead_letter", box.name, reason, key=row.batch.key(index), id=event, attempts=attempts)
-        box.counters.dead += 1
+            event = portion.event(index)
+            self.exchange.tell(
+                "dead_letter", who.name, reason, key=row.batch.key(event), id=hex_id(row.batch, event), attempts=attempts
+            )  # fmt: skip
+        who.counters.dead += 1
 
-    def bury_untried(self, box: Mailbox, row: Row, spans: Spans, reason: str) -> None:
+    def bury_untried(self, box: Mailbox, portion: Portion, spans: Spans, reason: str) -> None:
         """Enter events that nobody has tried as dead letters, those of one frame as one row: a flood of them must cost little."""
-        if row.batch.reply or row.is_blob:
+        row = portion.row
+        if row.batch.reply or row.is_blob or portion.pairs is not None:
             for index in indexes(spans):
-                self._enter(box, row, index, reason, 0)
+                self._enter(box, portion, index, reason, 0)
             return
         for a, b, body in self._groups(row, spans):
             self._keep(Dead(box.name, part_of(row.batch, a, b, len(body)), body, reason, 0, self.exchange.clock()))
-            event = f"{row.batch.publisher << 40 | row.batch.number + a:026x}"
-            self.exchange.tell("dead_letter", box.name, reason, b - a, key=row.batch.key(a), id=event, attempts=0)
+            self.exchange.tell("dead_letter", box.name, reason, b - a, key=row.batch.key(a), id=hex_id(row.batch, a), attempts=0)
         box.counters.dead += length(spans)
 
     def _groups(self, row: Row, spans: Spans) -> Iterator[tuple[int, int, bytes]]:
@@ -139,17 +142,17 @@ class Letters:
     def _give_way(self) -> bool:
         """Drop the oldest dead letters, counted."""
         for key, dead, spans in self._scan(None, None):
-            box = self._remove(key, dead, spans)
-            box.counters.drop("dead_letters_full", length(spans))
+            who = self._remove(key, dead, spans)
+            who.counters.drop("dead_letters_full", length(spans))
             self.exchange.tell(
                 "dead_letters_full",
-                box.name,
+                who.name,
                 "the oldest dead letters give way: purge or redrive them, or raise max_bytes",
             )
             return True
         return False
 
-    def _remove(self, key: bytes, dead: Dead, spans: Spans) -> Mailbox:
+    def _remove(self, key: bytes, dead: Dead, spans: Spans) -> Named:
         """Take dead letters out of a row and off the books; return whose they were."""
         self._dead_bytes -= cost(dead, encode(dead))
         left = subtract(dead.spans, spans)
@@ -158,10 +161,11 @@ class Letters:
         else:
             self.exchange.journal.delete("dead", key)
             self.exchange.references.drop(dead.batch.blob)
-        box = self.exchange.boxes[dead.subscriber]
-        box.counters.dead -= length(spans)
-        self.exchange.touch(box)
-        return box
+        who = self.exchange.find(dead.subscriber)
+        assert who is not None
+        who.counters.dead -= length(spans)
+        self.exchange.touch(who.changed_box())
+        return who
 
     def _scan(self, name: str | None, ids: Collection[int] | None, after: int = 0) -> Iterator[tuple[bytes, Dead, Spans]]:
         """Yield rows, each with which of its events are meant."""
@@ -189,11 +193,11 @@ class Letters:
         """Let dead letters wait again, with their first attempt before them; return how many."""
         moved = 0
         for key, dead, spans in list(self._scan(name, ids)):
-            box = self.exchange.boxes.get(dead.subscriber)
-            if box is None or box.gone:
+            who = self.exchange.find(dead.subscriber)
+            if who is None or who.gone:
                 continue
             for one in each_of(dead, spans):
-                self._let_wait(box, one)
+                self._let_wait(who.changed_box(), one)
             self._remove(key, dead, spans)
             moved += length(spans)
         return moved
@@ -220,9 +224,10 @@ class Letters:
 
     # -- replies
 
-    def answer(self, row: Row, index: int, outcome: str, body: bytes) -> None:
+    def answer(self, portion: Portion, index: int, outcome: str, body: bytes) -> None:
         """End one request."""
-        self.reply(ReplyRow(row.batch.publisher, row.batch.number + index, outcome, body))
+        batch = portion.row.batch
+        self.reply(ReplyRow(batch.publisher, batch.number + portion.event(index), outcome, body))
 
     def reply(self, row: ReplyRow) -> None:
         """Keep a reply until its requester has it; of one that is dead nobody will ever say so."""

@@ -7,16 +7,17 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 
 from mphub.core.order import Order
 from mphub.core.rate import Quota
 from mphub.core.rows import Row, share
-from mphub.core.spans import Spans, indexes, spans_of
+from mphub.core.spans import Spans, indexes, length, spans_of
 from mphub.core.window import Portion, Window
 from mphub.options import MOST
-from mphub.store.journal import Counters, Single, SubscriberState
+from mphub.store.journal import Counters, Single, Stored, SubscriberState
 from mphub.wire.frames import Batch, encode
 from mphub.wire.specs import Spec, Surroundings
 
@@ -31,10 +32,33 @@ LASTING = ("FATAL", "PAUSED", "STOPPED", ABSENT)
 """States that outlive supervisor and router."""
 
 
+Entry = tuple[bytes, bytes]
+"""Of a table: (key, value)."""
+
+
+class Named(Protocol):
+    """A subscriber, as far as its events go."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def spec(self) -> Spec: ...
+    @property
+    def counters(self) -> Counters: ...
+    @property
+    def gone(self) -> bool: ...
+    @property
+    def condition(self) -> str: ...
+    @property
+    def given_up(self) -> bool: ...
+    def changed_box(self) -> Mailbox: ...
+
+
 @dataclass(eq=False)
 class Mailbox:
     """A subscriber's inbox: a window in memory, the rest its cursor in the journal."""
 
+    window_events: ClassVar[int] = WINDOW_EVENTS
     spec: Spec
     state: SubscriberState
     window: Window
@@ -111,6 +135,16 @@ class Mailbox:
         return self.status == ABSENT
 
     @property
+    def patterns(self) -> list[str]:
+        """Whose publishers wait when it is full."""
+        return self.spec.patterns
+
+    @property
+    def maxsize(self) -> int:
+        """Events that it takes."""
+        return self.spec.inbox.maxsize
+
+    @property
     def name(self) -> str:
         return self.spec.name
 
@@ -135,6 +169,10 @@ class Mailbox:
     def given_up(self) -> bool:
         """Say whether nobody will start it again unasked."""
         return self.status in ("FATAL", "STOPPED")
+
+    @property
+    def condition(self) -> str:
+        return self.status
 
     @property
     def overflow(self) -> str:
@@ -172,31 +210,86 @@ class Mailbox:
 
     def room(self) -> int:
         """Return how many events still fit."""
-        return 0 if self.bytes >= self.max_bytes else max(0, self.spec.inbox.maxsize - self.pending)
+        return 0 if self.bytes >= self.max_bytes else max(0, self.maxsize - self.pending)
 
     @property
     def excess(self) -> int:
         """Return how many events are more than fit."""
-        too_many = max(0, self.pending - self.spec.inbox.maxsize)
+        too_many = max(0, self.pending - self.maxsize)
         too_heavy = max(0, self.bytes - self.max_bytes)
         return max(too_many, -(-too_heavy * self.pending // self.bytes)) if too_heavy else too_many
 
     def wants_more(self) -> bool:
         window = self.window
-        return window.loaded < WINDOW_EVENTS and window.loaded_bytes < WINDOW_BYTES
+        return window.loaded < self.window_events and window.loaded_bytes < WINDOW_BYTES
 
     def window_room(self) -> int:
         """Return how many events of their own rows the window takes; all, if what it has may wait for one of them."""
         if self.spec.ordered:
             return MOST
-        return WINDOW_EVENTS - self.window.loaded if self.wants_more() else 0
+        return self.window_events - self.window.loaded if self.wants_more() else 0
 
     def runs_low(self) -> bool:
-        return self.tail is not None and self.window.loaded < WINDOW_EVENTS // 2 and self.wants_more()
+        return self.tail is not None and self.window.loaded < self.window_events // 2 and self.wants_more()
+
+    # -- books: those of the subscriber that an event is for
+
+    def who(self, portion: Portion, index: int) -> Named:
+        """Return whose an event is."""
+        return self
+
+    def changed_box(self) -> Mailbox:
+        """Return the inbox that its events wait in."""
+        return self
+
+    def single(self, number: int, single: Single) -> Portion:
+        """Return an event in a row of its own."""
+        row = Row(number, single.epoch, single.batch, encode(single.batch), single.body, single=True)
+        attempts = {0: single.attempt} if single.attempt > 1 else {}
+        return Portion(row, [(0, 1)], share(single.batch), attempts, single.due, rank_of(single.batch))
+
+    def portion(self, row: Row, stored: Stored) -> Portion:
+        """Return what is for it of a row, as it was accepted."""
+        spans = stored.matched[self.number]
+        return Portion(row, [(0, row.count)] if spans is None else list(spans), row.share)
+
+    def events(self, stored: Stored, spans: Spans | None) -> Spans:
+        """Return which events of a row some are that are for it, or all."""
+        return spans if spans is not None else [(0, stored.batch.count)]
+
+    def weight(self, stored: Stored, spans: Spans | None) -> int:
+        """Return the bytes that some events of a row take, or all that are for it."""
+        return (length(spans) if spans is not None else stored.batch.count) * share(stored.batch)
 
     def account(self, portion: Portion) -> None:
         """Enter new events in the books."""
         self.take_in(portion.row.epoch, portion.count, portion.size)
+
+    def account_apart(self, portion: Portion, index: int, size: int) -> None:
+        """Enter a new event that gets a row of its own."""
+        self.take_in(portion.row.epoch, 1, size)
+
+    def note_refused(self, portion: Portion, spans: Spans) -> None:
+        """Enter new events that end before they wait; how, is another entry."""
+        self.counters.accepted += length(spans)
+
+    def note_handled(self, portion: Portion, spans: Spans) -> None:
+        self.counters.handled += length(spans)
+
+    def note_dropped(self, portion: Portion, spans: Spans, reason: str) -> None:
+        self.counters.drop(reason, length(spans))
+
+    def public(self) -> dict[str, dict[str, Any]]:
+        """Return the figures of its subscribers, by name."""
+        return {self.name: {**self.counters.public(), "unfinished": self.unfinished}}
+
+    def changed_books(self) -> Iterator[Entry]:
+        """Yield rows of the journal to be written."""
+        yield b"s" + self.name.encode(), encode(self.state)
+
+    def left_until(self, epoch: int) -> dict[str, int]:
+        """Return the unfinished events of an epoch and older ones, by whom they are for."""
+        return {self.name: sum(count for each, count in self.counters.pending.items() if each <= epoch)}
 
     def take_in(self, epoch: int, count: int, size: int) -> None:
         """Enter events of so many bytes each."""
@@ -273,20 +366,19 @@ class Mailbox:
     def update_full(self) -> None:
         """Recompute whether publishers wait for it (released at 80 %)."""
         least = 0.8 if self.full else 1.0
-        most = self.spec.inbox.maxsize * least
+        most = self.maxsize * least
         over = self.pending >= most or len(self.delayed) >= most or self.bytes >= self.max_bytes * least
         self.full = over and self.overflow == "block"
-
-
-def single_portion(number: int, single: Single) -> Portion:
-    row = Row(number, single.epoch, single.batch, encode(single.batch), single.body, single=True)
-    attempts = {0: single.attempt} if single.attempt > 1 else {}
-    return Portion(row, [(0, 1)], share(single.batch), attempts, single.due, rank_of(single.batch))
 
 
 def event_id(batch: Batch) -> int:
     """Return the id of a batch's first event, as a plain int."""
     return batch.publisher << 40 | batch.number
+
+
+def hex_id(batch: Batch, index: int) -> str:
+    """Return the id of an event as it is shown."""
+    return f"{event_id(batch) + index:026x}"
 
 
 def rank_of(batch: Batch, index: int = 0) -> int:

@@ -73,7 +73,39 @@ class Parcel:
 
     def event(self, place: int, replica: int, *, cancelled: bool) -> Event:
         """Build an event as handlers see it, with a payload of its own: they may have changed what they got."""
+        return event_of(self.batch, self.index(place), self._payload(place), self.attempt(place), replica, cancelled=cancelled)
+
+    def _payload(self, place: int) -> Any:
         data = self.events[place]
         if self._is_alone:  # what they got is a view of that map
             data = self._blobs.read(self.deliver.batch.blob or "")
-        return event_of(self.batch, self.index(place), self.loads(data), self.attempt(place), replica, cancelled=cancelled)
+        return self.loads(data)
+
+
+class SharedParcel(Parcel):
+    """Events for several subscribers: an event is at its ``place`` once, and has a delivery number for each of them."""
+
+    __slots__ = ("indexes",)
+
+    def __init__(self, deliver: Deliver, body: bytes, blobs: Blobs, codec: Codec) -> None:
+        self.indexes = list(dict.fromkeys(event for _, event, *_ in deliver.runs))
+        super().__init__(deliver, body, blobs, codec)
+
+    def _from_blob(self) -> list[Any]:
+        data = self._blobs.read(self.deliver.batch.blob or "")
+        if self._is_alone:
+            return [data]
+        events = views(data)
+        return [events[index] for index in self.indexes]
+
+    def index(self, place: int) -> int:
+        return self.indexes[place]
+
+    def attempt_of(self, number: int) -> int:
+        """Return how many times the event of a delivery number runs with this one."""
+        deliver = self.deliver
+        return deliver.attempts.get(deliver.index + number - deliver.number, 1) if deliver.attempts else 1
+
+    def event_for(self, place: int, attempt: int, *, cancelled: bool) -> Event:
+        """Build an event as the handler of one of them sees it."""
+        return event_of(self.batch, self.index(place), self._payload(place), attempt, cancelled=cancelled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from math import inf
 
 from mphub.core.delivery import WAITING, Held
@@ -37,6 +38,7 @@ class Seat(Consumer):
     __slots__ = (
         "awaited",
         "board",
+        "crowds",
         "fenced",
         "inside",
         "met",
@@ -72,6 +74,8 @@ class Seat(Consumer):
         self.unconfirmed, self.patience = 0, CONFIRM_EVERY
         """Reports that it has not been told of, and how many of them may wait for a delivery to ride on."""
         self.told = 0
+        self.crowds: set[int] = set()
+        """Those that it has been told of, if several subscribers share it."""
         self.awaited = 0
         """A report before which nothing is handed out: it may put an event before all others."""
 
@@ -86,10 +90,10 @@ class Seat(Consumer):
 
 def body_of(held: Held) -> bytes:
     """Return the body of a delivery: the row's own, or the events cut out of it."""
-    row = held.portion.row
+    row, pairs = held.portion.row, held.portion.pairs
     if row.batch.blob is not None:
         return b""
-    return row.picked(held.spans)
+    return row.picked(held.spans if pairs is None else pairs.events(held.spans))
 
 
 def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:
@@ -109,11 +113,18 @@ def check_batch(batch: Batch, peer: PublisherPeer, body: bytes) -> None:
         raise ProtocolError(f"a batch of {count} events whose body has {found}")
 
 
-def running_of(seat: Seat) -> int:
-    """Count what a process has started and not yet had committed."""
-    held = [(each.number - each.index, a, b) for each in seat.delivery.held for a, b in each.spans]
-    states = b"".join(seat.board.states(offset + a, b - a) for offset, a, b in held)
-    return len(states) - states.count(WAITING)
+def running_of(seat: Seat) -> Counter[str]:
+    """Count what a process has started and not yet had committed, by subscriber."""
+    running: Counter[str] = Counter()
+    for held in seat.delivery.held:
+        for a, b in held.spans:
+            states = seat.board.states(held.number - held.index + a, b - a)
+            if held.portion.pairs is None:
+                running[seat.box.name] += len(states) - states.count(WAITING)
+            else:
+                started = (a + place for place, state in enumerate(states) if state != WAITING)
+                running.update(held.portion.pairs.at(index)[1].name for index in started)
+    return running
 
 
 def unpack_ids(ids: list[bytes] | None) -> set[int] | None:

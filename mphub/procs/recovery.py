@@ -9,8 +9,8 @@ import msgspec
 
 from mphub.core.order import ordering_key
 from mphub.core.rows import share
-from mphub.core.spans import length
-from mphub.procs.mailbox import Mailbox, event_id, rank_of, single_portion
+from mphub.procs.hosts import Host
+from mphub.procs.mailbox import Mailbox, event_id, rank_of
 from mphub.store.journal import Counters, Progress, Single, Stored, SubscriberState
 from mphub.wire.frames import decoder, encode
 from mphub.wire.specs import Spec
@@ -37,7 +37,9 @@ def recover(exchange: Exchange) -> None:
     for key, value in exchange.journal.scan("frames"):
         exchange.frames[int.from_bytes(key, "big")] = msgspec.msgpack.decode(value)
     for key, value in exchange.journal.scan("subscribers", b"d", b"e"):
-        load_box(exchange, _spec.decode(value), key[1:])
+        if (spec := _spec.decode(value)).process is None:
+            load_box(exchange, spec, key[1:])
+    exchange.sharing.load()
     exchange.letters.load()
     progress = {box.number: load_progress(exchange, box) for box in exchange.boxes.values()}
     for key, value in exchange.journal.scan("rows"):
@@ -51,7 +53,7 @@ def recover(exchange: Exchange) -> None:
 def load_box(exchange: Exchange, spec: Spec, name: bytes) -> None:
     value = exchange.journal.get("subscribers", b"s" + name)
     state = _state.decode(value) if value is not None else SubscriberState(len(exchange.boxes) + 1, exchange.next_row, Counters())
-    box = Mailbox.make(spec, state, exchange.admitted)
+    box = (Host if spec.hosts else Mailbox).make(spec, state, exchange.admitted)
     exchange.boxes[spec.name] = box
     status = exchange.journal.get("subscribers", b"t" + name)
     if status is not None:
@@ -91,7 +93,7 @@ def load_everywhere(exchange: Exchange, number: int, stored: Stored, progress: d
 
 def load_into(exchange: Exchange, box: Mailbox, number: int, stored: Stored, progress: dict[int, Progress]) -> None:
     spans = progress[number].todo if number in progress else stored.matched[box.number]
-    box.bytes += (length(list(spans)) if spans is not None else stored.batch.count) * share(stored.batch)
+    box.bytes += box.weight(stored, spans)
     if box.overflow == "latest":
         portion = exchange.portion_of(box, number)
         if portion is not None:
@@ -113,8 +115,8 @@ def load_singles(exchange: Exchange, box: Mailbox) -> None:
             if single.attempt > 1 and box.window.order is not None:
                 box.window.order.retry(ordering_key(single.batch, 0))
         elif single.attempt > 1 and box.spec.ordered:
-            box.window.add_early([single_portion(number, single)])  # its time had come: before those that waited behind it
+            box.window.add_early([box.single(number, single)])  # its time had come: before those that waited behind it
         elif rank_of(single.batch):
             box.wait_by_rank(single.batch, number)
         else:
-            box.load(single_portion(number, single))
+            box.load(box.single(number, single))

@@ -89,9 +89,12 @@ class Room:
         number = int.from_bytes(key, "big")
         if box.number not in stored.matched or number < box.state.cursor or number in box.closed:
             return []
+        todo: Spans | None
         if number in box.noted and (value := self.exchange.journal.get("progress", box.number.to_bytes(4, "big") + key)) is not None:
-            return [_progress.decode(value).todo]
-        return [stored.matched[box.number] or [(0, stored.batch.count)]]
+            todo = _progress.decode(value).todo
+        else:
+            todo = stored.matched[box.number]
+        return [box.events(stored, todo)]
 
     # -- letting go
 
@@ -102,7 +105,7 @@ class Room:
         while self._looked and self.is_full and (box := self._stuck()) is not None:
             taken = list(box.window.take_oldest(EVENTS))
             for portion, spans in taken:
-                exchange.letters.bury_untried(box, portion.row, spans, "overflow")
+                exchange.letters.bury_untried(box, portion, spans, "overflow")
                 exchange.settle(box, portion, spans)
             exchange.refill(box)
             if sum(length(spans) for _, spans in taken) == EVENTS:

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from mphub import failpoints
+from mphub.core.crowds import Run
 from mphub.core.delivery import RUNNING, Held
 from mphub.core.spans import length
 from mphub.errors import JournalError
@@ -26,6 +27,7 @@ from mphub.procs import fork
 from mphub.procs.boot import Charter
 from mphub.procs.door import Door
 from mphub.procs.exchange import SETTLED, Exchange
+from mphub.procs.hosts import Host, Member, joined
 from mphub.procs.letters import Cause
 from mphub.procs.mailbox import LASTING, Mailbox
 from mphub.procs.peers import PublisherPeer, Seat, body_of, check_batch, running_of, unpack_ids
@@ -41,16 +43,19 @@ from mphub.wire.frames import (
     Batch,
     Call,
     Confirm,
+    Crowded,
     DeliverRaw,
     HelloPublisher,
     HelloSubscriber,
     HelloTap,
     Hold,
+    Members,
     ProtocolError,
     Push,
     RepliesTaken,
     Report,
     Tapped,
+    Unable,
     Welcome,
     Withdraw,
     decoder,
@@ -79,6 +84,7 @@ HALF = frames.HEAD.pack(0, frames.DELIVER, 0)
 _batch, _report, _call = decoder(Batch), decoder(Report), decoder(Call)
 _hello_publisher, _hello_subscriber = decoder(HelloPublisher), decoder(HelloSubscriber)
 _taken, _withdraw, _hello_tap, _spec = decoder(RepliesTaken), decoder(Withdraw), decoder(HelloTap), decoder(Spec)
+_unable = decoder(Unable)
 
 
 class Router:
@@ -431,6 +437,10 @@ class Router:
                 continue
             seat.inside = True
             seat.stream.send(frames.WELCOME, encode(Welcome(seat.told, *self._beginning(seat))))
+            if isinstance(seat.box, Host):
+                seat.crowds.clear()
+                able = [joined(member) for member in seat.box.present if member.status != "FATAL"]
+                seat.stream.send(frames.MEMBERS, encode(Members(able, all=True)))
             if seat.stopping:
                 seat.stream.send(frames.STOP)
 
@@ -460,6 +470,10 @@ class Router:
                 self._recall(seat)
         elif kind == frames.READY:
             self._is_ready(seat)
+        elif kind == frames.UNABLE and isinstance(seat.box, Host):
+            unable = _unable.decode(header)
+            if (member := seat.box.members.get(unable.number)) is not None:
+                self._set_member(member.name, "FATAL", unable.error, unable.traceback)
         else:
             raise ProtocolError(f"kind {kind} from a subscriber")
 
@@ -532,17 +546,28 @@ class Router:
 
     def _hand_out(self, seat: Seat, stream: Stream, held: Held) -> None:
         row, portion = held.portion.row, held.portion
-        whole = len(held.spans) == 1
-        seat.board.hand_out(held.number, held.count, row.id, held.index)
+        whole = len(held.spans) == 1 or portion.pairs is not None
+        runs = self._runs(seat, stream, held) if portion.pairs is not None else []
+        seat.board.hand_out(held.number, held.count, row.id, held.index, held.spans)
         attempts = {i: n for i, n in portion.attempts.items() if held.index <= i < held.index + held.count} if portion.attempts else None
         header = encode(DeliverRaw(
             held.number, seat.delivery.generation, seat.told, row.id, row.epoch, held.index, held.count, msgspec.Raw(row.header),
-            None if whole else [i - held.index for a, b in held.spans for i in range(a, b)], attempts,
+            None if whole else [i - held.index for a, b in held.spans for i in range(a, b)], attempts, runs,
         ))  # fmt: skip
         seat.unconfirmed = 0
         failpoints.hit("router.handed_out")
         failpoints.hit("router.half_delivered", stream.sock.send, HALF)
         stream.send(frames.DELIVER, header, body_of(held))
+
+    def _runs(self, seat: Seat, stream: Stream, held: Held) -> list[Run]:
+        """Say for whom of a process what it is given is, and who they are if it does not know yet."""
+        assert held.portion.pairs is not None
+        runs = [(index - held.index, event, crowd, a, b) for index, event, crowd, a, b in held.portion.pairs.runs(held.spans)]
+        for crowd in {run[2] for run in runs if run[2] >= 0} - seat.crowds:
+            assert isinstance(seat.box, Host)
+            seat.crowds.add(crowd)
+            stream.send(frames.CROWD, encode(Crowded(crowd, [member.number for member in seat.box.crowds[crowd].members])))
+        return runs
 
     # -- the supervisor
 
@@ -563,6 +588,44 @@ class Router:
 
     def do_subscribe(self, spec: bytes) -> None:
         self.exchange.subscribe(_spec.decode(spec))
+
+    def do_host(self, spec: bytes) -> None:
+        """Let members come before their process starts: that is set up when all of them are."""
+        self.exchange.subscribe(_spec.decode(spec))
+
+    def do_join(self, spec: bytes) -> None:
+        self._tell_member(self.exchange.sharing.join(_spec.decode(spec)))
+
+    def do_leave(self, name: str) -> None:
+        self._tell_member(self.exchange.sharing.leave(name))
+
+    def do_set_member(self, name: str, status: str) -> None:
+        """Let a member be paused, or go on."""
+        self._set_member(name, status)
+
+    def do_rekey(self, name: str, patterns: list[str]) -> None:
+        self.exchange.sharing.set_keys(name, patterns)
+
+    def do_odd(self) -> dict[str, dict[str, Any]]:
+        """Tell which members are not as their process is."""
+        odd = {name: member.status for name, member in self.exchange.members.items() if member.status and not member.gone}
+        return {name: {"state": status, "error": b"", "traceback": ""} for name, status in odd.items()}
+
+    def _set_member(self, name: str, status: str, error: bytes = b"", traceback: str = "") -> None:
+        member = self.exchange.sharing.set_status(name, status)
+        self._tell_member(member)
+        if member is not None:
+            self._push("member", name=name, state=status, error=error, traceback=traceback)
+
+    def _tell_member(self, member: Member | None) -> None:
+        """Tell a process who has come, is to be set up anew, or is gone; what it has for one that is to get nothing comes back."""
+        for seat in self.seats.values():
+            if member is None or seat.box is not member.host or seat.stream is None or not seat.inside:
+                continue
+            if member.gone or not member.status:
+                seat.stream.send(frames.MEMBERS, encode(Members([joined(member)])))
+            if member.gone or member.status:
+                self._want_back(seat)
 
     def do_begin(self, run: bytes) -> list[tuple[bytes, str]]:
         """Tell a new supervisor what is subscribed, and its lasting state; nobody is at the begin of a run."""
@@ -678,17 +741,12 @@ class Router:
     def do_statistics(self) -> dict[str, Any]:
         running: Counter[str] = Counter()
         for seat in self.seats.values():
-            running[seat.box.name] += running_of(seat)
-        boxes = {
-            name: {
-                **box.counters.public(),
-                "unfinished": box.unfinished,
-                "running": running[name],
-            }
-            for name, box in self.exchange.boxes.items()
-        }
-        for name, counters in boxes.items():
-            counters["percentiles"] = percentiles(list(self.exchange.boxes[name].samples))
+            running.update(running_of(seat))
+        boxes: dict[str, dict[str, Any]] = {}
+        for box in self.exchange.boxes.values():
+            times = percentiles(list(box.samples))
+            for name, figures in box.public().items():
+                boxes[name] = {**figures, "running": running[name], "percentiles": times}
         return {"accepted": self.exchange.accepted, "unmatched": self.exchange.unmatched, "subscribers": boxes}
 
     def do_dead_letters(self, name: str | None, after: int) -> dict[str, Any]:
@@ -724,11 +782,10 @@ class Router:
         """Send answers of this turn, the news, and to drains that are through."""
         for number, epoch in list(self.drains):
             left = self.exchange.left_until(epoch)
-            stuck = {name: count for name, count in left.items() if self.exchange.boxes[name].status in LASTING}
-            if len(stuck) == len(left):
+            statuses = {name: who.condition for name in left if (who := self.exchange.find(name)) is not None and who.condition in LASTING}
+            if len(statuses) == len(left):
                 self.drains.remove((number, epoch))
-                statuses = {name: self.exchange.boxes[name].status for name in stuck}
-                self.answers.append(Answer(number, {"stuck": stuck, "statuses": statuses}))
+                self.answers.append(Answer(number, {"statuses": statuses}))
         for answer in self.answers:
             self.link.send(frames.ANSWER, encode(answer))
         self.answers.clear()

@@ -156,8 +156,17 @@ class Supervisor:
             self.desk.push("log", **args)
         elif what == "held":
             self._hold(**args)
+        elif what == "member":
+            self._note_member(**args)
         else:
             getattr(self.guardian, f"heard_{what}")(**args)
+
+    def _note_member(self, name: str, state: str, error: bytes, traceback: str) -> None:
+        """Tell that one of those who share a process is not as that is, or is again."""
+        self.desk.push("state", name=name, state=state, error=error, traceback=traceback)
+        if state == "FATAL":
+            message = "could not be set up in the process that it shares: not tried again until restart()"
+            self.notice("FATAL", name, message, traceback=traceback)
 
     def _hold(self, patterns: list[str], names: list[str]) -> None:
         """Publishers of these patterns wait: for these subscribers, or for a full journal."""
@@ -342,15 +351,18 @@ class Supervisor:
         self.link.ask("drain", drained)
 
     def do_states(self, answer: Reply) -> None:
-        answer({name: {"state": g.state, "error": g.error[0], "traceback": g.error[1]} for name, g in self.groups.items()})
+        states = {name: {"state": g.state, "error": g.error[0], "traceback": g.error[1]} for name, g in self.groups.items()}
+        self.link.ask("odd", lambda odd: answer(states | odd))
 
     def do_statistics(self, answer: Reply) -> None:
         """Merge the router's counters with states, pids, cpu and rss."""
 
         def merge(result: dict[str, Any]) -> None:
+            figures = {name: group.public() for name, group in self.groups.items()}
             for name, counters in result["subscribers"].items():
-                group = self.groups.get(name)
-                counters.update(group.public() if group else {"state": "STOPPED", "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0})
+                host, own = counters.pop("host", name), counters.pop("own", "")
+                counters.update(figures.get(host, {"state": "STOPPED", "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0}))
+                counters["state"] = own or counters["state"]
             result["pids"] = {"supervisor": os.getpid(), "router": self.link.pid}
             answer(result)
 

@@ -19,6 +19,12 @@ class Way(ABC):
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
 
+    def prepare(self) -> None:  # noqa: B027 (most need nothing)
+        """Take up what is needed before the first event."""
+
+    def finish(self) -> None:  # noqa: B027
+        """Give back what is needed no more."""
+
     @abstractmethod
     def run(self) -> None:
         """Handle what comes until asked to stop."""

@@ -81,7 +81,7 @@ class Withdrawals:
 
     def _take(self, box: Mailbox, wanted: Wanted) -> list[tuple[Portion, Spans]]:
         """Take events out of wherever they wait."""
-        found = box.window.withdraw(lambda portion: wanted.within(portion.row.batch))
+        found = box.window.withdraw(lambda portion: portion.of_events(wanted.within(portion.row.batch)))
         return [*found, *self._from_journal(box, wanted), *self._from_singles(box, wanted)]
 
     def _from_journal(self, box: Mailbox, wanted: Wanted) -> Iterator[tuple[Portion, Spans]]:
@@ -98,7 +98,7 @@ class Withdrawals:
     def _from_rows(self, box: Mailbox, rows: dict[int, list[int]]) -> Iterator[tuple[Portion, Spans]]:
         for number, indexes in rows.items():
             portion = self.exchange.portion_of(box, number)
-            spans = spans_of(i for i in sorted(indexes) if portion is not None and contains(portion.todo, i))
+            spans = spans_of(i for i in portion.of_events(sorted(indexes)) if contains(portion.todo, i)) if portion is not None else []
             if portion is not None and spans:
                 if spans == portion.todo:
                     heapq.heappush(box.open, number)  # the cursor passes it like one that was in the window
@@ -153,7 +153,7 @@ class Withdrawals:
         found = []
         for consumer in consumers:
             for held in consumer.delivery.held:
-                for index in wanted.within(held.portion.row.batch):
+                for index in held.portion.of_events(wanted.within(held.portion.row.batch)):
                     if contains(held.spans, index):
                         consumer.box.withdrawn.add((held.portion.row.id, index))
                         found.append((consumer, held.number + index - held.index))

@@ -25,7 +25,7 @@ from mphub.procs.batches import Batches
 from mphub.procs.crew import Crew
 from mphub.procs.one_by_one import OneByOne
 from mphub.procs.outputs import Outputs
-from mphub.procs.parcels import Parcel
+from mphub.procs.parcels import Parcel, SharedParcel
 from mphub.procs.ways import Way
 from mphub.reply import Reply
 from mphub.store.blobs import Blobs
@@ -67,6 +67,9 @@ class Worker:
         self.filtered: list[int] = []
         self.ended: list[int] = []
         """What the next report is to name if something before it has not ended yet."""
+        self.slow: list[int] = []
+        self.free: list[int] = []
+        """Of the subscribers that share it: who has become slow since the last report, and who is so no more."""
         self.frame = self.confirmed = 0
         self.claims: deque[tuple[int, int, list[int] | None]] = deque()
         """(first delivery number, count, offsets in there unless all) of what it has run and does not know to be committed."""
@@ -96,9 +99,7 @@ class Worker:
         """Load the handler and let it prepare; nobody waits for this process yet, and another one may still be at work in its place."""
         if self.spec.initializer:
             codec.loads(self.spec.initializer)()
-        data = self.blobs.read(self.spec.handler_blob) if self.spec.handler_blob else self.spec.handler
-        self.work = handlers.loads(data)
-        self.runner = handlers.load(self.work, self.name, self.replica, batched=self.spec.batch is not None)
+        self.work, self.runner = self._load() if not self.spec.hosts else handlers.nothing()
         self.runner.call = failpoints.between("worker.running", self.runner.call, "worker.returned")
         self.way = self._choose_way()
         if self.runner.subscriber is not None:
@@ -106,19 +107,30 @@ class Worker:
         failpoints.hit("worker.set_up")
         return self.way
 
+    def _load(self) -> tuple[handlers.Work, handlers.Runner]:
+        data = self.blobs.read(self.spec.handler_blob) if self.spec.handler_blob else self.spec.handler
+        work = handlers.loads(data)
+        return work, handlers.load(work, self.name, self.replica, batched=self.spec.batch is not None)
+
     def _begin(self, welcome: Welcome) -> None:
         """Take up the state that was committed last, and ask for events."""
         state = self.blobs.copy(welcome.blob) if welcome.blob else welcome.snapshot
         if state and self.runner.subscriber is not None:
             self.runner.subscriber.restore(codec.load_any(state))
+        assert self.way is not None
+        self.way.prepare()
         self.last_snapshot = time.monotonic()
         self.is_ready = True
         self.board.set_flag(READY)
-        self._commit_outputs()
+        self.commit_outputs()
         failpoints.hit("worker.begun")
-        self._send(frames.READY)
+        self.send(frames.READY)
 
     def _choose_way(self) -> Way:
+        if self.spec.hosts:
+            from mphub.procs.hosting import Hosting  # and so asyncio, for these alone
+
+            return Hosting(self)
         if self.spec.concurrency > 1:
             return Crew(self, self.spec.concurrency)
         return OneByOne(self) if self.spec.batch is None else Batches(self, self.spec.batch)
@@ -129,13 +141,15 @@ class Worker:
             self.report()
         if self.runner.subscriber is not None:
             self.runner.subscriber.teardown()
-        self._commit_outputs()
+        if self.way is not None:
+            self.way.finish()
+        self.commit_outputs()
         self.runner.close()
         deadline = time.monotonic() + CONFIRMED_WITHIN
         while self.unconfirmed and time.monotonic() < deadline:
             self._digest(self.receive())
 
-    def _commit_outputs(self) -> None:
+    def commit_outputs(self) -> None:
         """Report what ``setup`` or ``teardown`` published."""
         self.outputs.keep(0)
         if self.outputs.size:  # kept, though perhaps not packed yet
@@ -208,10 +222,10 @@ class Worker:
         if deliver.generation < self.generation:
             return None  # handed out before this process gave everything back
         self.generation = deliver.generation
-        if self.spec.concurrency == 1:
+        if self.spec.concurrency == 1 and not self.spec.hosts:
             self.claims.append((deliver.number, deliver.count, deliver.chosen))
         failpoints.hit("worker.read")
-        return Parcel(deliver, body, self.blobs, self.codec)
+        return (SharedParcel if self.spec.hosts else Parcel)(deliver, body, self.blobs, self.codec)
 
     def _digest(self, got: Frame) -> None:
         kind, header, _ = got
@@ -231,7 +245,7 @@ class Worker:
             runs = [(0, count)] if chosen is None else spans_of(offset for offset in chosen if offset < count)
             yield from ((first + a, b - a) for a, b in runs)
 
-    def _send(self, kind: int, header: bytes = b"") -> None:
+    def send(self, kind: int, header: bytes = b"") -> None:
         self._write(frames.frame(kind, header))
 
     def _write(self, data: bytes) -> None:
@@ -281,14 +295,14 @@ class Worker:
         """Say whether it ends this process: a death, not a failure of the event."""
         return isinstance(error, SystemExit)
 
-    def fail(self, number: int, error: BaseException, attempt: int, *, soon: bool = False) -> bool:
+    def fail(self, number: int, error: BaseException, attempt: int, work: handlers.Work | None = None, *, soon: bool = False) -> bool:
         """Note a failure; say whether something is to start before everything that this process holds: the event again, or nothing of its
         ordering key.
 
         ``soon``: others may run beside it, so a retry without delay waits in a row of its own, if only for a moment.
         """
         self.board.map[Board.base + number % SLOTS] = FAILED
-        retry, delay = handlers.retry_after(self.work, error, attempt)
+        retry, delay = handlers.retry_after(work or self.work, error, attempt)
         delay = max(delay, SOON) if soon else delay
         self.ended.append(number)
         reason = {Reject: "rejected", RetryLater: "later"}.get(type(error), "exception")
@@ -317,10 +331,11 @@ class Worker:
         self.frame += 1
         report = Report(
             self.frame, self.upto, self.ran, self.seconds, self.failures, self.outputs.take(), self.replies,
-            snapshot, blob, returned, self.generation, self.filtered, self._ended_early(), still or [],
+            snapshot, blob, returned, self.generation, self.filtered, self._ended_early(), still or [], self.slow, self.free,
         )  # fmt: skip
         data = frames.frame(frames.REPORT, encode(report))
         self.failures, self.replies, self.filtered, self.ended, self.ran, self.seconds = [], [], [], [], 0, 0.0
+        self.slow, self.free = [], []
         self.last_report = time.monotonic()
         self.unconfirmed.append((self.frame, self.upto, data))
         self._write(data)
@@ -362,6 +377,10 @@ class Worker:
 
     def request(self, key: str, payload: object, target: str | None, extra: frames.Extra | None = None) -> Reply[object]:
         handlers.check_other(self.spec, key, target)
+        return self.ask(key, payload, target, extra)
+
+    def ask(self, key: str, payload: object, target: str | None, extra: frames.Extra | None) -> Reply[object]:
+        """Ask another subscriber, at once."""
         return connection_to(self.address).request(key, payload, target, extra)
 
     def current_events(self) -> list[Event]:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from mphub.core.spans import Spans, indexes
+
 SLOTS: Final = 16384
 """State bytes; a subscriber holds at most this many events."""
 RANGES: Final = 1024
@@ -73,12 +75,13 @@ class Board:
         _RAN.pack_into(self.map, _RAN_AT, ran + count)
         return int(ran + count)
 
-    def hand_out(self, number: int, count: int, row: int, index: int) -> None:
-        """Note a range and clear its states; to be called before the frame is sent."""
+    def hand_out(self, number: int, count: int, row: int, index: int, spans: Spans | None = None) -> None:
+        """Note a range and clear its states, before the frame is sent; ``spans``: which indexes of it are meant, if not all."""
         self._clear(number, count)
         if self._has_places:
-            for i in range(count):
-                _PLACE.pack_into(self.map, self._place_of(number + i), number + i, row, index + i, False)
+            for i in indexes(spans) if spans is not None else range(index, index + count):
+                n = number + i - index
+                _PLACE.pack_into(self.map, self._place_of(n), n, row, i, False)
             return
         (written,) = _HEAD.unpack_from(self.map, _HEAD_AT)
         _RANGE.pack_into(self.map, _RINGS_AT + written % RANGES * _RANGE.size, number, count, row, index)

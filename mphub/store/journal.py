@@ -49,6 +49,8 @@ class Stored(msgspec.Struct, array_like=True, frozen=True, gc=False):
     matched: dict[int, list[tuple[int, int]] | None]
     """subscriber number -> spans of its events (None: all)."""
     body: bytes
+    crowds: dict[int, list[tuple[int, int, int]]] = {}
+    """number of a process that several share -> (first event, end, for which of them): there the spans above are of pairs."""
 
 
 class Single(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -55,9 +55,14 @@ class Subscribing(Asked, frozen=True):
         _spec.decode(self.spec)
 
 
+class Setting(Named, frozen=True):
+    status: Literal["", "PAUSED"]
+
+
 CALLS: Final[dict[str, type[Asked]]] = {
     "subscribe": Subscribing, "replace": Subscribing, "unsubscribe": Leaving, "forget": Forgetting, "stop_routing": Named, "restart": Named,
     "pause": Named, "resume": Named, "scale": Scaling, "set_keys": Keying, "cancel": Cancelling,
+    "host": Subscribing, "join": Subscribing, "leave": Named, "set_member": Setting, "rekey": Keying,
     "states": Asked, "statistics": Asked, "drain": Asked, "dead_letters": Page, "redrive": Chosen, "purge": Chosen,
     "stop_subscribers": Asked, "close": Asked,
 }  # fmt: skip

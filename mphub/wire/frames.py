@@ -48,9 +48,9 @@ HELLO_PUBLISHER, BATCH, REPLIES_TAKEN, WITHDRAW = 1, 2, 3, 4
 # router -> publisher
 CONFIRM, HOLD, REPLY, CLOSED = 10, 11, 12, 13
 # subscriber -> router
-HELLO_SUBSCRIBER, READY, REPORT = 20, 21, 22
+HELLO_SUBSCRIBER, READY, REPORT, UNABLE = 20, 21, 22, 23
 # router -> subscriber
-DELIVER, REPORT_CONFIRM, STOP, WELCOME = 30, 31, 32, 33
+DELIVER, REPORT_CONFIRM, STOP, WELCOME, MEMBERS, CROWD = 30, 31, 32, 33, 34, 35
 # hub <-> supervisor <-> router
 HELLO_CONTROL, CALL, ANSWER, PUSH = 40, 41, 42, 43
 # tap -> router, router -> tap
@@ -61,7 +61,7 @@ MORE, LAST = b"+", b"."
 
 WIRE_KINDS: Final = frozenset(
     {HELLO_PUBLISHER, BATCH, REPLIES_TAKEN, WITHDRAW, CONFIRM, HOLD, REPLY, CLOSED, HELLO_SUBSCRIBER, READY, REPORT}
-    | {DELIVER, REPORT_CONFIRM, STOP, WELCOME, HELLO_CONTROL, CALL, ANSWER, PUSH, PART, HELLO_TAP, TAPPED}
+    | {DELIVER, REPORT_CONFIRM, STOP, WELCOME, HELLO_CONTROL, CALL, ANSWER, PUSH, PART, HELLO_TAP, TAPPED, UNABLE, MEMBERS, CROWD}
 )
 
 
@@ -234,6 +234,41 @@ class Welcome(Wire, frozen=True):
     blob: str | None = None
 
 
+class Joined(Wire, frozen=True):
+    """A subscriber that shares a process, as that is told of it; ``handler`` is empty once it is gone."""
+
+    number: int
+    version: int
+    """Grows when it is to be set up anew."""
+    name: str
+    handler: bytes
+    blob: str | None = None
+    concurrency: int = 1
+    answers: bool = True
+    patterns: list[str] = []
+
+
+class Members(Wire, frozen=True):
+    members: list[Joined]
+    all: bool = False
+    """These are all that there are."""
+
+
+class Crowded(Wire, frozen=True):
+    """Which members events may be for together; told before the first of those."""
+
+    id: int
+    members: list[int]
+
+
+class Unable(Wire, frozen=True):
+    """A member that could not be set up."""
+
+    number: int
+    error: bytes
+    traceback: str
+
+
 class Deliver(Wire, frozen=True):
     """Events ``index`` to ``index + count - 1`` of a batch, numbered from ``number`` on in this incarnation."""
 
@@ -248,6 +283,8 @@ class Deliver(Wire, frozen=True):
     chosen: list[int] | None = None
     """Offsets of the events that are for this subscriber (None: all); the body holds just these, a blob holds all."""
     attempts: dict[int, int] | None = None
+    runs: list[tuple[int, int, int, int, int]] = []
+    """For subscribers that share a process: (offset of the first one's number, event, for which of them, first place in there, end)."""
 
 
 class DeliverRaw(Wire, frozen=True):
@@ -263,6 +300,7 @@ class DeliverRaw(Wire, frozen=True):
     batch: msgspec.Raw
     chosen: list[int] | None = None
     attempts: dict[int, int] | None = None
+    runs: list[tuple[int, int, int, int, int]] = []
 
 
 class HelloTap(Wire, frozen=True):
@@ -352,6 +390,10 @@ class Report(Wire, frozen=True):
     """Delivery numbers from ``upto`` on that have run nevertheless, [first, last), ascending."""
     still: list[tuple[Number, Number]] = []
     """Those that run on though the rest was given back."""
+    slow: list[int] = []
+    """Of subscribers that share the process: who has been at one event for long and is to be given nothing more for now."""
+    free: list[int] = []
+    """Those of them that are through."""
 
 
 class Call(Wire, frozen=True):

@@ -38,5 +38,9 @@ class Spec(msgspec.Struct, frozen=True):
     batch: Batch | None = None
     concurrency: int = 1
     """Events that one process runs at a time."""
+    process: str | None = None
+    """The process that it shares with others: the name of its host."""
+    hosts: bool = False
+    """It is no subscriber, but the process that some share."""
     initializer: bytes = b""
     """Pickled; called in each process before the handler is loaded."""

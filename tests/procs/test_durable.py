@@ -270,6 +270,8 @@ def test_a_name_is_not_guessed(tmp_path: Path) -> None:
     hub.subscribe("k", time.sleep)
     with pytest.raises(InvalidOption, match="name"):
         hub.subscribe("k", time.sleep)
+    with pytest.raises(InvalidOption, match="process"):
+        hub.subscribe("k", print, process="shared")
     assert not (tmp_path / "hub").exists()
 
 

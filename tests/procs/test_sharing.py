@@ -1,0 +1,295 @@
+"""``process=``: subscribers that share a process have everything of their own but that."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mphub
+from mphub import Batch, EventHub, Inbox, InvalidOption, Limits, Rate, Recycle, Restart, Retry, Snapshot, Subscriber
+from tests.helpers import eventually
+from tests.notes import lines, note
+
+pytestmark = pytest.mark.timeout(60)
+seen: contextvars.ContextVar[str] = contextvars.ContextVar("seen", default="nothing")
+
+
+def test_each_has_its_own_keys_and_figures(engine: str, tmp_path: Path) -> None:
+    hub = EventHub(engine=engine)
+
+    async def first(n: int) -> None:
+        note(tmp_path / "first", f"{n} {mphub.current_event().key}")
+
+    def second(n: int) -> None:
+        note(tmp_path / "second", f"{n} {mphub.current_event().key}")
+
+    hub.subscribe("a", first, process="one")
+    hub.subscribe(["a", "b"], second, process="one")
+    with hub:
+        for n in range(100):
+            hub.publish("ab"[n % 2], n)
+        statistics = hub.drain(20).subscribers
+    assert lines(tmp_path / "first") == [f"{n} a" for n in range(0, 100, 2)]
+    assert lines(tmp_path / "second") == [f"{n} {'ab'[n % 2]}" for n in range(100)]
+    assert {name: (s.accepted, s.handled) for name, s in statistics.items()} == {"first": (50, 50), "second": (100, 100)}
+
+
+def test_they_run_side_by_side_in_one_process() -> None:
+    hub = EventHub()
+
+    async def ask(n: int) -> int:
+        await asyncio.sleep(0.2)
+        return os.getpid()
+
+    def block(n: int) -> int:
+        time.sleep(0.2)
+        return os.getpid()
+
+    asked = [hub.subscribe("k", ask, name=f"ask{i}", process="one") for i in range(20)]
+    blocked = [hub.subscribe("k", block, name=f"block{i}", process="one", concurrency=4) for i in range(4)]
+    with hub:
+        began = time.monotonic()
+        replies = [subscription.request(1) for subscription in asked + blocked]
+        pids = {reply.result(10) for reply in replies}
+        assert time.monotonic() - began < 1.5  # not 24 times 0.2 s
+        assert len(pids) == 1
+        assert {subscription.statistics().pids for subscription in asked} == {tuple(pids)}
+
+
+def test_coroutines_have_a_task_and_a_context_of_their_own(tmp_path: Path) -> None:
+    hub = EventHub()
+
+    def handler(waits: bool) -> Any:
+        async def handle(n: int) -> None:
+            from tests.procs.test_sharing import seen  # a context variable cannot be pickled
+
+            note(tmp_path / "log", seen.get())
+            seen.set("something")
+            async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+                if waits:
+                    await group.create_task(asyncio.sleep(0.001))
+            assert asyncio.current_task() is not None
+            assert seen.get() == "something"
+            mphub.publish("out", mphub.current_event().payload)
+
+        return handle
+
+    for i in range(10):
+        hub.subscribe("k", handler(i % 2 == 0), name=f"s{i}", process="one")
+    out = hub.subscribe("out", lambda n: None, name="out", process="one")
+    with hub:
+        hub.publish_batch("k", range(5))
+        hub.drain(20)
+        assert out.statistics().handled == 50
+    assert Counter(lines(tmp_path / "log")) == {"nothing": 50}
+
+
+def test_failures_are_each_ones_own(engine: str, tmp_path: Path) -> None:
+    hub = EventHub(engine=engine, propagate=False, check=False)
+
+    def fail(n: int) -> None:
+        note(tmp_path / "log", f"{n} {mphub.current_event().attempt}")
+        raise ValueError(n) if n < 3 else KeyError(n)
+
+    async def succeed(n: int) -> None: ...
+
+    hub.subscribe("k", fail, process="one", retry=Retry(max_attempts=2, on=KeyError, delay=0.01))
+    hub.subscribe("k", succeed, process="one")
+    with hub:
+        hub.publish_batch("k", range(5))
+        found = hub.drain(20).subscribers
+        assert (found["fail"].dead, found["fail"].failed, found["fail"].retried, found["fail"].handled) == (5, 7, 2, 0)
+        assert (found["succeed"].handled, found["succeed"].dead) == (5, 0)
+        assert {(letter.subscriber, letter.attempts) for letter in hub.dead_letters()} == {("fail", 1), ("fail", 2)}
+        assert hub.subscription("fail").redrive() == 5
+        found = hub.drain(20).subscribers
+        assert (found["fail"].dead, found["succeed"].handled) == (5, 5)
+        assert hub.subscription("fail").purge() == 5
+        assert dict(hub.statistics().subscribers["fail"].dropped) == {"purged": 5}
+
+
+def test_requests_filters_and_outputs_are_each_ones_own(engine: str, tmp_path: Path) -> None:
+    hub = EventHub(engine=engine)
+    doubled = hub.subscribe("n", lambda n: 2 * n, name="doubled", process="one", to="out")
+    odd = hub.subscribe("n", lambda n: -n, name="odd", process="one", where=lambda n: n % 2)
+    hub.subscribe("out", lambda n: note(tmp_path / "out", n), name="out", process="one")
+    with hub:
+        assert doubled.request(21).result(5) == 42
+        assert list(odd.map(range(1, 9, 2))) == [-1, -3, -5, -7]
+        hub.publish_batch("n", range(4))
+        found = hub.drain(20).subscribers
+    assert sorted(map(int, lines(tmp_path / "out"))) == [0, 2, 4, 6, 42]
+    assert (found["odd"].handled, dict(found["odd"].dropped)) == (6, {"filtered": 2})
+
+
+def test_delayed_and_urgent_events_are_counted_for_each(engine: str) -> None:
+    hub = EventHub(engine=engine)
+    for name in ("first", "second"):
+        hub.subscribe("k", lambda n: None, name=name, process="one")
+    with hub:
+        hub.publish("k", 1, delay=0.05)
+        hub.publish("k", 2, priority=5)
+        found = hub.drain(20).subscribers
+    assert {(s.accepted, s.handled) for s in found.values()} == {(2, 2)}
+
+
+def test_an_event_is_cancelled_for_all_of_them() -> None:
+    hub = EventHub()
+    for name in ("first", "second"):
+        hub.subscribe("k", lambda n: None, name=name, process="one")
+    with hub:
+        assert hub.cancel(hub.publish("k", 3, delay=60))
+        found = hub.drain(20).subscribers
+    assert {(s.accepted, dict(s.dropped)["cancelled"]) for s in found.values()} == {(1, 1)}
+
+
+def test_they_come_and_go_by_themselves(engine: str, tmp_path: Path) -> None:
+    hub = EventHub(engine=engine)
+    hub.subscribe("k", lambda n: note(tmp_path / "stays", n), name="stays", process="one")
+    with hub:
+        hub.publish("k", 1)
+        goes = hub.subscribe("k", lambda n: note(tmp_path / "goes", n), name="goes", process="one")
+        hub.publish("k", 2)
+        goes.unsubscribe()
+        hub.publish("k", 3)
+        hub.subscription("stays").set_keys("other")
+        hub.publish("k", 4)
+        hub.publish("other", 5)
+        hub.drain(20)
+        hub.subscribe("other", lambda n: note(tmp_path / "stays", -n), name="stays", process="one", replace=True)
+        hub.publish("other", 6)
+        hub.drain(20)
+        hub.subscription("stays").unsubscribe()
+        again = hub.subscribe("k", lambda n: note(tmp_path / "again", n), name="again", process="one")
+        hub.publish("k", 7)
+        found = hub.drain(20).subscribers
+        assert again.statistics().handled == 1
+    assert [lines(tmp_path / name) for name in ("stays", "goes", "again")] == [["1", "2", "3", "5", "-6"], ["2"], ["7"]]
+    assert (found["goes"].accepted, found["goes"].handled, found["goes"].state) == (1, 1, "STOPPED")
+
+
+def test_one_that_is_paused_does_not_hold_the_others(engine: str) -> None:
+    hub = EventHub(engine=engine)
+    paused, other = (hub.subscribe("k", lambda n: n, name=name, process="one") for name in ("paused", "other"))
+    with hub:
+        paused.pause()
+        hub.publish_batch("k", range(1000))
+        assert eventually(lambda: other.statistics().handled == 1000)
+        assert (paused.state, other.state, paused.statistics().waiting) == ("PAUSED", "RUNNING", 1000)
+        with pytest.raises(mphub.SubscriberPaused):
+            hub.drain(20)
+        paused.resume()
+        assert hub.drain(20).subscribers["paused"].handled == 1000
+        assert paused.state == "RUNNING"
+
+
+def test_one_that_cannot_be_set_up_is_fatal_alone(tmp_path: Path) -> None:
+    class Model(Subscriber[int, int]):
+        def setup(self) -> None:
+            note(tmp_path / "log", "setup")
+            (tmp_path / "model").read_text()
+
+        def handle(self, payload: int) -> int:
+            return payload
+
+        def teardown(self) -> None:
+            note(tmp_path / "log", "teardown")
+
+    hub = EventHub()
+    other = hub.subscribe("k", lambda n: -n, name="other", process="one")
+    model = hub.subscribe("k", Model, name="model", process="one")
+    with pytest.raises(mphub.StartFailed) as failed:
+        hub.start()
+    assert isinstance(failed.value.__cause__, FileNotFoundError)
+    hub.start(wait=False)
+    with hub._or_stop():
+        assert eventually(lambda: (model.state, other.state) == ("FATAL", "RUNNING"))
+        hub.publish("k", 1)
+        assert eventually(lambda: other.statistics().handled == 1)
+        with pytest.raises(mphub.SubscriberFatal):
+            model.request(1).result(5)
+        with pytest.raises(mphub.SubscriberFatal):
+            hub.drain(20)
+        (tmp_path / "model").touch()
+        model.restart()
+        assert hub.drain(20).subscribers["model"].handled == 1
+        assert model.request(2).result(5) == 2
+    hub.stop()
+    assert lines(tmp_path / "log") == ["setup"] * 3 + ["teardown"]
+
+
+def test_one_that_takes_long_does_not_hold_the_others(tmp_path: Path) -> None:
+    hub = EventHub()
+
+    async def wait(n: int) -> None:
+        while not (tmp_path / "go").exists():
+            await asyncio.sleep(0.01)
+        note(tmp_path / "log", n)
+
+    slow, quick = hub.subscribe("k", wait, process="one"), hub.subscribe("k", lambda n: None, name="quick", process="one")
+    with hub:
+        hub.publish_batch("k", range(3000))
+        assert eventually(lambda: quick.statistics().handled == 3000, 20)
+        assert (slow.statistics().handled, slow.statistics().running) == (0, 1)
+        (tmp_path / "go").touch()
+        hub.drain(20)
+    assert lines(tmp_path / "log") == [str(n) for n in range(3000)]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"replicas": 2}, {"ordered": True}, {"batch": Batch(2)}, {"snapshot": Snapshot()}, {"recycle": Recycle(max_events=1)},
+        {"rate": Rate(1, 1)}, {"env": {"A": "b"}}, {"limits": Limits(timeout=1)}, {"inbox": Inbox(overflow="latest")}, {"process": "a b"},
+    ],
+    ids=lambda option: next(iter(option)),
+)  # fmt: skip
+def test_what_only_a_process_of_its_own_can_have_is_refused(option: dict[str, Any]) -> None:
+    class Model(Subscriber[Any, Any]):
+        def handle(self, payload: Any) -> Any: ...
+        def handle_batch(self, payloads: list[Any]) -> Any: ...
+        def snapshot(self) -> None: ...
+        def restore(self, state: object) -> None: ...
+
+    handler = Model if "snapshot" in option else (lambda payload: payload)
+    with pytest.raises(InvalidOption, match=f"^{next(iter(option))}"):
+        EventHub().subscribe("k", handler, **{"process": "one", **option})
+
+
+def test_what_is_the_process_s_is_what_its_first_subscriber_says() -> None:
+    hub = EventHub()
+    hub.subscribe("k", lambda n: n, name="first", process="one", restart=Restart(max_restarts=1))
+    with pytest.raises(InvalidOption, match=r"restart: got .*expected .*max_restarts=1"):
+        hub.subscribe("k", lambda n: n, name="second", process="one")
+    with pytest.raises(InvalidOption, match="process: got 'two' for 'first'"):
+        hub.subscribe("k", lambda n: n, name="first", process="two", replace=True)
+    with pytest.raises(InvalidOption, match="replicas"), hub:
+        hub.subscription("first").scale(2)
+
+
+def test_the_end_of_one_that_shares_a_process_tears_down_it_alone(tmp_path: Path) -> None:
+    class Model(Subscriber[int, None]):
+        def setup(self) -> None:
+            mphub.publish("out", f"{self.name} begins")
+
+        def handle(self, payload: int) -> None: ...
+        def teardown(self) -> None:
+            note(tmp_path / "log", f"{self.name} {threading.current_thread() is threading.main_thread()}")
+
+    hub = EventHub()
+    first, _ = (hub.subscribe("k", Model, name=name, process="one") for name in ("first", "second"))
+    hub.subscribe("out", lambda text: note(tmp_path / "out", text), name="out", process="one")
+    with hub:
+        hub.publish("k", 1)
+        first.unsubscribe()
+        assert eventually(lambda: lines(tmp_path / "log") == ["first True"])
+    assert lines(tmp_path / "log") == ["first True", "second True"]
+    assert sorted(lines(tmp_path / "out")) == ["first begins", "second begins"]
