@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from mphub.core.delivery import DONE, FILTERED, HANDLED, RUNNING, WAITING
 from mphub.core.rows import Head
 from mphub.events import Event
 from mphub.options import Batch
-from mphub.procs.handlers import call_batch
+from mphub.procs.handlers import call_batch, check_asked_only
 from mphub.procs.parcels import Parcel
 from mphub.procs.ways import Way
 from mphub.store.board import RECALLED, SLOTS, Board
@@ -37,8 +37,6 @@ class Item:
     payload: Any = MISSING
     error: BaseException | None = None
     """Why there is no payload: it cannot be loaded, or the filter raised."""
-    outputs: list[Any] = field(default_factory=list)
-    """What the filter published."""
 
     @property
     def slot(self) -> int:
@@ -169,15 +167,17 @@ class Batches(Way):
 
     def _is_wanted(self, item: Item) -> bool:
         """Load an event, and ask the filter; whatever that leads to is the event's own."""
-        worker, fresh = self.worker, self.worker.outputs.fresh
+        worker = self.worker
         self.states[item.slot] = RUNNING
         item.payload = item.load()
-        if worker.runner.wants is not None and not worker.runner.wants(item.payload):
-            self.states[item.slot] = FILTERED
-            worker.filter_out(item.number)
-            return False
+        if worker.runner.wants is not None:
+            wanted = worker.runner.wants(item.payload)
+            check_asked_only(worker.outputs.fresh)
+            if not wanted:
+                self.states[item.slot] = FILTERED
+                worker.filter_out(item.number)
+                return False
         self.states[item.slot] = WAITING
-        item.outputs, fresh[:] = list(fresh), []
         return True
 
     # -- running
@@ -208,7 +208,6 @@ class Batches(Way):
         self._epoch = min(item.parcel.deliver.epoch for item in items)
         for item in items:
             self.states[item.slot] = RUNNING
-            self.worker.outputs.fresh += item.outputs
 
     def _run_singly(self, items: list[Item]) -> None:
         for item in items:

@@ -204,6 +204,15 @@ def check_other(spec: Spec | Joined, key: str, target: str | None) -> None:
         raise HubError(f"request({key!r}) in {spec.name!r}, which is the one to answer it, would wait for itself: call the function")
 
 
+def check_asked_only(published: Sequence[object]) -> None:
+    """Refuse what a filter has published: it is asked before its batch is whole, which may run and fail several times.
+
+    Raises HubError.
+    """
+    if published:
+        raise HubError("where: a filter of a subscriber with batch= has published; expected it to only look: publish in the handler")
+
+
 def call_batch(
     call: Callable[[Any], Any], payloads: list[Any], asked: Sequence[bool]
 ) -> tuple[Sequence[object], dict[int, BaseException]]:  # fmt: skip
@@ -216,7 +225,7 @@ def call_batch(
     try:
         results = call(payloads)
     except BatchFailed as failed:
-        errors, results = failed.errors, failed.results
+        errors, results = dict(failed.errors), failed.results
         if errors and max(errors) >= count:
             raise InvalidOption(
                 f"BatchFailed(errors): got the place {max(errors)}; expected places of a batch of {count}, from 0 on"

@@ -273,6 +273,9 @@ class Inline(Local):
         if not isinstance(error, Exception):
             self._interrupt = error
 
+    def is_interrupt(self, error: BaseException) -> bool:
+        return isinstance(error, KeyboardInterrupt)
+
     def is_known(self, news: News) -> bool:
         return self.propagate and news.kind in ("failure", "dead_letter") and news.details["id"] != "teardown"
 

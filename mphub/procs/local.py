@@ -244,6 +244,10 @@ class Local(ABC):
     def failed(self, number: int, row: Row, error: BaseException, *, last: bool) -> None:
         """Hear what an event raised, by its delivery number; ``last``: it is not tried again."""
 
+    def is_interrupt(self, error: BaseException) -> bool:
+        """Say whether it is meant for more than the handler in which it was raised."""
+        return False
+
     def figures_of(self, name: str) -> dict[str, object]:
         """Return what the statistics add to the counters of the exchange."""
         return {"state": self.state_of(name)[0], "running": 0, "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0}
@@ -363,7 +367,12 @@ class Post(Consumer):
         self._current = [event]
         try:
             event.payload = self.codec.loads(event.data)
-            if self.runner.wants is None or self.runner.wants(event.payload):
+            if self.runner.wants is None:
+                return True
+            wanted = bool(self.runner.wants(event.payload))
+            if self.box.spec.batch is not None:
+                handlers.check_asked_only(self.outputs.fresh)
+            if wanted:
                 return True
             self.filtered.append(event.number)
         except BaseException as error:
@@ -382,10 +391,9 @@ class Post(Consumer):
         except BaseException as error:
             self.outputs.fresh.clear()
             del self.replies[replies:]
-            if len(events) > 1 and isinstance(error, Exception):
+            if len(events) > 1 and not self.home.is_interrupt(error):
                 for event in events:
-                    event.payload = self.codec.loads(event.data)  # the handler may have changed what it got
-                    self._handle([event])
+                    self._handle_again(event)
                 return
             errors = dict.fromkeys(range(len(events)), error)
         if len(errors) == len(events):
@@ -393,6 +401,16 @@ class Post(Consumer):
         for place in sorted(errors):
             self._failed(events[place], errors[place])
         self.outputs.keep(min(event.row.epoch for event in events))
+
+    def _handle_again(self, event: Taken) -> None:
+        """Handle one event of several, with a payload of its own: the handler may have changed what it got."""
+        self._current = [event]
+        try:
+            event.payload = self.codec.loads(event.data)
+        except BaseException as error:
+            self._failed(event, error)
+        else:
+            self._handle([event])
 
     def _results(self, events: list[Taken]) -> tuple[Sequence[object], dict[int, BaseException]]:
         if self.box.spec.batch is None:

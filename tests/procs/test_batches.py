@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,55 @@ def test_each_requester_is_told_its_own_exception(engine: str) -> None:
     assert [error.args for error in found[1::3]] == [(1,), (4,), (7,)]
 
 
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, asyncio.CancelledError])
+@pytest.mark.parametrize("engine", ["inline", "thread"])
+def test_only_the_guilty_one_fails_whatever_it_raises(engine: str, error: type[BaseException]) -> None:
+    def handle(numbers: list[int]) -> None:
+        if 2 in numbers:
+            raise error
+
+    hub = quiet_hub(engine)
+    sub = hub.subscribe("k", handle, batch=QUICK)
+    with hub:
+        with contextlib.suppress(error):  # inline it goes through to who publishes
+            publish_together(hub, range(4))
+        assert hub.drain(10).subscribers[sub.name].handled == 3
+        assert [letter.payload for letter in sub.dead_letters()] == [2]
+
+
+class Odd:
+    """Three of them are loaded for the batch that fails, then each by itself."""
+
+    loaded = 0
+
+    def __reduce__(self) -> tuple[Callable[[], Odd], tuple[()]]:
+        return load_odd, ()
+
+
+def load_odd() -> Odd:
+    Odd.loaded += 1
+    if Odd.loaded == 4:
+        raise OSError("it is gone")
+    return Odd()
+
+
+@pytest.mark.parametrize("engine", ["inline", "thread"])
+def test_a_payload_that_cannot_be_loaded_again_fails_its_event(engine: str) -> None:
+    def handle(payloads: list[object]) -> None:
+        if len(payloads) > 1:
+            raise KeyError
+
+    Odd.loaded = 0
+    hub = quiet_hub(engine)
+    sub = hub.subscribe("k", handle, batch=QUICK)
+    with hub:
+        publish_together(hub, [Odd(), Odd(), Odd(), 1])
+        hub.drain(10)
+        publish_together(hub, [2])
+        statistics = hub.drain(10).subscribers[sub.name]
+    assert (statistics.handled, statistics.dead) == (4, 1)
+
+
 # -- what surrounds a batch
 
 
@@ -240,6 +290,27 @@ def test_a_filter_comes_before_the_batch(engine: str, tmp_path: Path) -> None:
         statistics = hub.drain(10).subscribers[sub.name]
     assert lines(tmp_path / "log") == ["[0, 1]", "[6, 7]", "[12, 13]"]
     assert (statistics.handled, statistics.dead, dict(statistics.dropped)) == (6, 1, {"filtered": 7})
+
+
+def test_a_filter_of_a_batch_may_not_publish(engine: str, tmp_path: Path) -> None:
+    """It is asked before it is known with what, and how often, its event runs."""
+
+    def wants(n: int) -> bool:
+        if n % 2:
+            mphub.publish("out", n)
+        return n > 0
+
+    hub = quiet_hub(engine)
+    sub = hub.subscribe("k", lambda numbers: note(tmp_path / "log", numbers), batch=QUICK, where=wants)
+    hub.subscribe("out", print, name="out")
+    with hub:
+        publish_together(hub, range(5))
+        statistics = hub.drain(10)
+        errors = {letter.payload: str(letter.error) for letter in sub.dead_letters()}
+    assert statistics.subscribers["out"].accepted == 0
+    assert list(errors) == [1, 3]
+    assert "publish in the handler" in errors[1]
+    assert (lines(tmp_path / "log")[-1], statistics.subscribers[sub.name].handled) == ("[4]" if engine == "process" else "[2, 4]", 2)
 
 
 def test_what_is_not_wanted_keeps_no_batch_from_filling(tmp_path: Path) -> None:
