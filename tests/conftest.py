@@ -16,9 +16,10 @@ import pytest
 
 from mphub.testing.traces import described, descriptors
 from tests.helpers import eventually
+from tests.notes import Record
 
 pytest_plugins = ["pytester"]
-GUARDED = {"procs", "faults"}
+GUARDED = {"conformance", "procs", "faults"}
 PATIENCE = 2.0
 """Seconds after which the promise says that nothing is left."""
 
@@ -125,3 +126,9 @@ def _is_anothers(folder: Path) -> bool:
 def _folders() -> Iterator[Path]:
     for parent in {Path("/dev/shm"), Path(tempfile.gettempdir())}:
         yield from (folder for folder in parent.glob(f"mphub-{os.getuid()}-*") if not _is_anothers(folder))
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    """Return a recorder that handlers can take along."""
+    return Record(tmp_path / "record")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import mphub
+from mphub import EventHub
 
 
 def note(path: Path, text: object) -> None:
@@ -24,3 +26,30 @@ def note_batch(path: Path) -> list[int]:
     events = mphub.current_events()
     note(path, " ".join(f"{event.payload}" + (f"({event.attempt})" if event.attempt > 1 else "") for event in events))
     return [event.attempt for event in events]
+
+
+class Record:
+    """Notes lines in a file, from whatever process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, text: object) -> None:
+        note(self.path, text)
+
+    @property
+    def lines(self) -> list[str]:
+        return lines(self.path)
+
+
+def burst(n: int) -> None:
+    """Publish from one handler: all of it is accepted at once."""
+    for i in range(n):
+        mphub.publish("k", i)
+
+
+def publish_together(hub: EventHub, payloads: Any, key: str = "k") -> None:
+    """Let events come in one frame, so that they are in a batch as far as they fit."""
+    with hub.transaction() as together:
+        for payload in payloads:
+            together.publish(key, payload)

@@ -13,8 +13,7 @@ import pytest
 
 from mphub import Batch, EventHub, Limits, Restart, Retry
 from tests.helpers import eventually
-from tests.notes import lines, note, note_batch
-from tests.procs.test_batches import publish_together
+from tests.notes import lines, note, note_batch, publish_together
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(90)]
 PATIENT, AT_ONCE = Retry(max_attempts=1000), Restart(max_restarts=1000, delay=0)

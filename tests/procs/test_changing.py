@@ -12,35 +12,11 @@ from pathlib import Path
 import pytest
 
 import mphub
-from mphub import EventHub, Inbox, InvalidKey, InvalidOption, SubscriberPaused
+from mphub import EventHub, Inbox, InvalidOption
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
 pytestmark = pytest.mark.timeout(60)
-
-
-# -- pause
-
-
-def test_a_paused_subscriber_starts_nothing(engine: str, tmp_path: Path) -> None:
-    hub = EventHub(engine=engine)
-    sub = hub.subscribe("k", lambda n: note(tmp_path / "log", str(n)))
-    other = hub.subscribe("k", len, name="other")
-    with hub:
-        hub.publish("k", "before")
-        hub.drain()
-        sub.pause()
-        assert sub.state == "PAUSED"
-        hub.publish("k", "meanwhile")
-        with pytest.raises(SubscriberPaused):
-            hub.drain()
-        assert lines(tmp_path / "log") == ["before"]
-        assert other.statistics().handled == 2
-        assert sub.statistics().waiting == 1
-        sub.resume()
-        hub.drain()
-        assert sub.state == "RUNNING"
-    assert lines(tmp_path / "log") == ["before", "meanwhile"]
 
 
 def test_what_a_paused_process_held_and_had_not_started_waits(tmp_path: Path) -> None:
@@ -97,20 +73,6 @@ def test_it_stays_paused_whoever_dies(victim: str, tmp_path: Path) -> None:
         sub.resume()
         hub.drain(20)
     assert lines(tmp_path / "log") == ["1"]
-
-
-def test_pausing_twice_and_resuming_what_runs_change_nothing(engine: str) -> None:
-    hub = EventHub(engine=engine)
-    sub = hub.subscribe("k", len)
-    with hub:
-        sub.resume()
-        sub.pause()
-        sub.pause()
-        sub.resume()
-        assert hub.request("k", "abc").result(10) == 3
-
-
-# -- scale
 
 
 def test_scaled_up_more_work_side_by_side(tmp_path: Path) -> None:
@@ -174,29 +136,6 @@ def test_a_scaled_subscriber_can_be_unsubscribed_at_once() -> None:
         sub.unsubscribe()
         folder = Path(hub._address.folder)
         assert list((folder / "boards").iterdir()) == []
-
-
-# -- keys
-
-
-def test_other_keys_count_from_then_on(engine: str, tmp_path: Path) -> None:
-    hub = EventHub(engine=engine, unmatched="ignore")
-    sub = hub.subscribe("a", lambda text: note(tmp_path / "log", text))
-    with hub:
-        hub.publish("a", "1")
-        hub.publish("b", "no")
-        sub.set_keys(["b", "c.*"])
-        hub.publish("a", "no")
-        hub.publish("b", "2")
-        hub.publish("c.x", "3")
-        assert sub.keys == ("b", "c.*")
-        assert hub.subscribers("c.y") == [sub.name]
-        with pytest.raises(InvalidKey):
-            sub.set_keys("c..x")
-    assert lines(tmp_path / "log") == ["1", "2", "3"]
-    with hub:
-        hub.publish("b", "4")
-    assert lines(tmp_path / "log")[-1] == "4"
 
 
 @pytest.mark.faults

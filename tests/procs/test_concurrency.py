@@ -250,20 +250,6 @@ def test_ordered_events_run_beside_those_of_other_keys_only(tmp_path: Path) -> N
         assert lines(tmp_path / str(key)) == [f"{sign}{n}" for n in sorted([*numbers, *again]) for sign in "+-"]
 
 
-@pytest.mark.parametrize("engine", ["inline", "thread"])
-def test_it_can_be_said_to_engines_that_run_one_at_a_time(engine: str) -> None:
-    hub = EventHub(engine=engine)
-    sub = hub.subscribe("k", lambda n: n, concurrency=10)
-    with hub:
-        assert list(sub.map(range(5))) == list(range(5))
-
-
-@pytest.mark.parametrize("concurrency", [0, -1, 1.5, True, "many", None, 10_001])
-def test_concurrency_is_a_number(engine: str, concurrency: Any) -> None:
-    with pytest.raises(InvalidOption, match=r"concurrency: got .*; expected an int from 1 to 10000"):
-        EventHub(engine=engine).subscribe("k", print, concurrency=concurrency)
-
-
 def test_concurrency_goes_with_neither_snapshots_nor_batches() -> None:
     class Keeps(Subscriber[int, None]):
         def handle(self, payload: int) -> None: ...

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mphub import DeadLettersLeft, EventHub, HubClosed, HubError, Inbox, InvalidOption, Retry, Stop, Subscriber, Subscription, current_event
+from mphub import DeadLettersLeft, EventHub, HubClosed, HubError, Inbox, InvalidOption, Stop, Subscriber, Subscription
 from mphub.connection import connection_to
 from mphub.procs import fork
 from tests.faults.test_deaths import WITH_PACKAGE
@@ -23,6 +23,8 @@ from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
 pytestmark = pytest.mark.procs
+
+
 FORK = multiprocessing.get_context("fork")
 
 
@@ -71,35 +73,6 @@ def test_what_cannot_be_loaded_ends_no_attached_queue(tmp_path: Path, caplog: py
         hub.attach(None)
 
 
-@pytest.mark.parametrize("way", ["transaction", "publisher", "publisher.transaction", "publisher.publish_batch", "queue"])
-def test_whatever_publishes_in_a_handler_goes_with_the_ack(way: str, engine: str, tmp_path: Path) -> None:
-    if engine != "process" and way != "transaction":
-        return
-    log = tmp_path / "log"
-    hub = EventHub(engine=engine, propagate=False)
-
-    def handle(n: int) -> None:
-        attempt = current_event().attempt
-        if way == "transaction" or way == "publisher.transaction":
-            with hub.transaction() if way == "transaction" else hub.publisher().transaction() as together:
-                together.publish("out", (n, attempt))
-        elif way == "publisher":
-            hub.publisher().publish("out", (n, attempt))
-        elif way == "publisher.publish_batch":
-            hub.publisher().publish_batch("out", [(n, attempt)])
-        else:
-            hub.queue.put(("out", (n, attempt)), timeout=1)
-        if attempt == 1:
-            raise KeyError(n)
-
-    hub.subscribe("in", handle, name="in", retry=Retry(2, on=KeyError, delay=0))
-    hub.subscribe("out", lambda out: note(log, out), name="out")
-    with hub:
-        for n in range(3):
-            hub.publish("in", n)
-    assert sorted(lines(log)) == ["(0, 2)", "(1, 2)", "(2, 2)"]
-
-
 def test_publishers_in_a_handler_cannot_wait_for_themselves() -> None:
     hub = EventHub(check=False)
     hub.subscribe("confirm", lambda n: hub.publisher().publish("out", n, confirm=True), name="confirm")
@@ -131,6 +104,8 @@ with hub:
     assert k.statistics().handled == 12, k.statistics()
 os.write(int(sys.argv[1]), b"fine")
 """
+
+
 REAPS_ALL = """
 import threading, time
 def reap():
@@ -141,6 +116,8 @@ def reap():
             time.sleep(0.001)
 threading.Thread(target=reap, daemon=True).start()
 """
+
+
 ODDITIES = {
     "SIGCHLD ignored": "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
     "reaps all children": REAPS_ALL,
@@ -297,32 +274,6 @@ def test_nothing_lives_on_when_the_hub_dies_while_its_supervisor_is_frozen() -> 
 
 def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def test_nonsense_is_refused_at_the_call(engine: str) -> None:
-    for options in ({"check": "yes"}, {"propagate": "x"}):
-        with pytest.raises(InvalidOption, match=next(iter(options))):
-            EventHub(engine=engine, **options)  # type: ignore[arg-type]
-    hub = EventHub(engine=engine)
-    nonsense: Any = 5
-    with pytest.raises(InvalidOption, match="limits"):
-        hub.subscribe("k", len, limits=nonsense)
-    with pytest.raises(InvalidOption, match="callback"):
-        hub.on_notice(nonsense)
-    k = hub.subscribe("k", len, name="k", inbox=Inbox(max_bytes="10%"))
-    with hub:
-        text: Any = "x"
-        for call in (hub.flush, hub.drain, k.wait_ready):
-            with pytest.raises(InvalidOption, match="timeout: got 'x'"):
-                call(text)
-        with pytest.raises(InvalidOption, match="progress"):
-            hub.drain(progress=nonsense)
-        ids: Any
-        for ids in ("abc", nonsense):
-            with pytest.raises(InvalidOption, match="ids"):
-                hub.redrive(ids=ids)
-            with pytest.raises(InvalidOption, match="ids"):
-                hub.purge(ids=ids)
 
 
 def test_a_failures_letter_has_pid_and_memory() -> None:

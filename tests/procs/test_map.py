@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mphub import EventHub, HandlerCrashed, InvalidOption, NoSubscriber, Progress, Retry, Subscriber, Subscription
+from mphub import EventHub, HandlerCrashed, InvalidOption, Progress, Retry, Subscription
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -156,31 +156,6 @@ def test_a_loop_that_is_left_takes_no_more(half: Subscription[int, int]) -> None
 def test_wrong_options_of_a_map_are_named(half: Subscription[int, int], option: str, value: object) -> None:
     with pytest.raises(InvalidOption, match=option):
         half.map([1], **{option: value})  # type: ignore[arg-type]
-
-
-# -- gather
-
-
-def test_all_that_answer_are_asked(engine: str) -> None:
-    class Silent(Subscriber[int, None]):
-        answers = False
-
-        def handle(self, payload: int) -> None:
-            pass
-
-    hub = EventHub(engine=engine, check=False)
-    hub.subscribe("k", lambda n: n + 1, name="one")
-    hub.subscribe(["k", "other"], lambda n: n * 2, name="two")
-    hub.subscribe("k", halve, name="half")
-    hub.subscribe("k", Silent)
-    with hub:
-        found = hub.gather("k", 5).result(10)
-        assert (found["one"], found["two"], str(found["half"])) == (6, 10, "5 is odd")
-        assert isinstance(found["half"], ValueError)
-        assert set(found) == {"one", "two", "half"}
-        assert hub.gather("other", 5).result(10) == {"two": 10}
-        with pytest.raises(NoSubscriber, match="nobody"):
-            hub.gather("nobody", 1)
 
 
 def test_gather_can_be_awaited_and_waits_for_the_slowest() -> None:

@@ -10,23 +10,11 @@ from pathlib import Path
 import pytest
 
 import mphub
-from mphub import Dropped, EventHub, InvalidOption
+from mphub import Dropped, EventHub
 from tests.helpers import eventually
 from tests.procs.test_hub import lines, note
 
 pytestmark = pytest.mark.timeout(60)
-
-
-def test_a_delayed_event_starts_at_its_time(engine: str, tmp_path: Path) -> None:
-    hub = EventHub(engine=engine)
-    hub.subscribe("k", lambda text: note(tmp_path / "log", f"{text} {time.time()}"))
-    with hub:
-        published = time.time()
-        hub.publish("k", "later", delay=0.3)
-        hub.publish("k", "now")
-    started = {text: float(at) - published for text, at in (line.split() for line in lines(tmp_path / "log"))}
-    assert set(started) == {"later", "now"}, "leaving the block waited for it"
-    assert started["later"] >= 0.3
 
 
 def test_a_delayed_event_holds_up_nobody(tmp_path: Path) -> None:
@@ -47,19 +35,6 @@ def test_delays_of_one_publisher_sort_by_their_time(tmp_path: Path) -> None:
         for n in (3, 1, 2):
             hub.publish("k", n, delay=n / 10)
     assert lines(tmp_path / "log") == ["1", "2", "3"]
-
-
-def test_a_handler_can_publish_for_later(engine: str, tmp_path: Path) -> None:
-    def handle(n: int) -> None:
-        note(tmp_path / "log", f"{n}")
-        if n < 3:
-            mphub.publish("k", n + 1, delay=0.05)
-
-    hub = EventHub(engine=engine)
-    hub.subscribe("k", handle)
-    with hub:
-        hub.publish("k", 0)
-    assert lines(tmp_path / "log") == ["0", "1", "2", "3"]
 
 
 @pytest.mark.faults
@@ -149,20 +124,3 @@ def test_an_event_that_has_started_in_time_is_not_too_late_for_its_retry(tmp_pat
     with hub:
         hub.publish("k", 1, expires=0.2)
     assert lines(tmp_path / "log") == ["run", "run"]
-
-
-@pytest.mark.parametrize(
-    ("option", "value"), [("delay", -1), ("delay", "1"), ("delay", float("nan")), ("expires", 0), ("expires", -1), ("expires", "1")]
-)
-def test_times_are_numbers_of_seconds(engine: str, option: str, value: object) -> None:
-    hub = EventHub(engine=engine)
-    hub.subscribe("k", len)
-    with hub, pytest.raises(InvalidOption, match=option):
-        hub.publish("k", "a", **{option: value})  # type: ignore[arg-type]
-
-
-def test_an_event_must_not_expire_before_its_delay_ends(engine: str) -> None:
-    hub = EventHub(engine=engine)
-    hub.subscribe("k", len)
-    with hub, pytest.raises(InvalidOption, match="expires"):
-        hub.publish("k", "a", delay=2, expires=1)
