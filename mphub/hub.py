@@ -63,7 +63,7 @@ from mphub.procs.exchange import ADMIT
 from mphub.publisher import HubQueue, Publisher, Transaction
 from mphub.registry import Registry
 from mphub.reply import Reply
-from mphub.results import Results, together
+from mphub.results import AHEAD, Results, together
 from mphub.subscriber import Context, Subscriber, holder, inside, is_importing, publish_inside
 from mphub.subscribing import (
     CommonOptions,
@@ -704,7 +704,8 @@ class EventHub:
         """Ask for each payload, a bounded number ahead; see ``Subscription.map``."""
         name = check_key(str_of(key))
         ask = functools.partial(self._request, name, to=to, expires=expires)
-        return Results(ask, payloads, ordered=ordered, errors=errors, progress=progress, total=total)
+        ahead = max((each._ahead for each in self._subscriptions.matching(name) if to in (None, each.name)), default=AHEAD)
+        return Results(ask, payloads, ordered=ordered, errors=errors, progress=progress, total=total, ahead=ahead)
 
     def gather(self, key: str | Topic[T], payload: T, *, expires: float | None = None) -> Reply[dict[str, object]]:
         """Ask every subscriber of a key that answers; the reply ends when all have, with what each said, or why it did not, by name.

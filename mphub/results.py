@@ -61,13 +61,13 @@ class Results(Generic[R]):
 
     def __init__(
         self, ask: Callable[[Any], Reply[R]], payloads: Iterable[object], *, ordered: bool = True, errors: str = "raise",
-        progress: Watcher = False, total: int | None = None,
+        progress: Watcher = False, total: int | None = None, ahead: int = AHEAD,
     ) -> None:  # fmt: skip
         check_choice("map", "errors", errors, ("raise", "return"))
         check_progress(progress)
         if total is not None:
             check_number("map", "total", total, 0, whole=True)
-        self._ask, self._ordered, self._errors = ask, ordered, errors
+        self._ask, self._ordered, self._errors, self._ahead = ask, ordered, errors, ahead
         self._payloads = iter(payloads)
         self._total = total if total is not None else len(payloads) if isinstance(payloads, Sized) else None
         self._under_way: dict[Reply[R], object] = {}
@@ -88,7 +88,7 @@ class Results(Generic[R]):
         return html.table("Results", ("taken", "under way", "failed", "total"), [(self._given, len(self._under_way), self._failed, total)])
 
     def _fill(self) -> None:
-        while len(self._under_way) < AHEAD:
+        while len(self._under_way) < self._ahead:
             try:
                 payload = next(self._payloads)
             except StopIteration:

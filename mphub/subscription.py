@@ -10,7 +10,7 @@ from mphub.observe import html
 from mphub.observe.progress import Watcher
 from mphub.observe.statistics import SubscriberStatistics
 from mphub.reply import Reply
-from mphub.results import Results
+from mphub.results import AHEAD, Results
 from mphub.subscribing import patterns_of, replicas_of
 from mphub.wire.specs import Spec
 
@@ -61,7 +61,13 @@ class Subscription(Generic[T, R]):
         (rich) or lines, or a callable taking ``Progress``, ten times a second at most; total: how many, if the payloads do not know.
         Raises InvalidOption.
         """
-        return Results(self.request, payloads, ordered=ordered, errors=errors, progress=progress, total=total)
+        return Results(self.request, payloads, ordered=ordered, errors=errors, progress=progress, total=total, ahead=self._ahead)
+
+    @property
+    def _ahead(self) -> int:
+        """Requests that are worth to be under way: while one batch of each replica runs, the next one fills."""
+        size = self._spec.batch.size if self._spec.batch is not None else 1
+        return max(AHEAD, 2 * size * self._spec.replicas)
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until it is RUNNING; seconds.

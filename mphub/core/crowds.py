@@ -7,7 +7,7 @@ who holds them and who is through, is a few spans, as it is of the events of any
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
@@ -123,15 +123,22 @@ class Pairs(Generic[M]):
                     found += range(first, first + size)
         return found
 
-    def of_members(self, members: Iterable[M], spans: Spans) -> Spans:
-        """Return which of some pairs are of some members, few of all."""
-        found: list[int] = []
+    def by_member(self, members: Collection[M], spans: Spans) -> dict[M, Spans]:
+        """Return which of some pairs are of some members."""
+        found: dict[M, list[int]] = {}
         for stretch, base, a, b in self._within(spans):
-            known, size = stretch.audience.places, len(stretch.audience.members)
-            places = sorted(known[member] for member in members if member in known)
-            for start in range(a - a % size, b, size) if places else ():
-                found += (base + start + place for place in places if a <= start + place < b)
-        return spans_of(found)
+            audience = stretch.audience.members
+            if b - a < len(members):  # each pair is looked at, or else each member
+                for index in range(a, b):
+                    if (member := audience[index % len(audience)]) in members:
+                        found.setdefault(member, []).append(base + index)
+                continue
+            known = stretch.audience.places
+            for member in members:
+                if (place := known.get(member)) is not None:
+                    first = a + (place - a) % len(audience)
+                    found.setdefault(member, []).extend(range(base + first, base + b, len(audience)))
+        return {member: spans_of(indexes) for member, indexes in found.items() if indexes}
 
     def note_handled(self, spans: Spans) -> set[Any]:
         """Enter in the books that some pairs have been handled; return whose."""

@@ -116,7 +116,7 @@ class Delivery:
         piece = queue[0]
         first = piece.spans[0][0]
         alone = self._runs_alone(piece.portion, first)
-        if (alone and self.holding) or self._comes_later(piece):
+        if (alone and not self._is_free()) or self._comes_later(piece):
             return None
         taken = [(first, first + 1)] if alone else self._cut(piece.portion, piece.spans, room)
         return self._hand_over(queue, taken, alone=alone, laned=laned) if taken else None
@@ -129,7 +129,7 @@ class Delivery:
         waiting = self.window.waiting
         while waiting and not self._comes_later(waiting[0]):
             piece = waiting[0]
-            chosen = order.choose(self, piece, room, is_free=not self.holding)
+            chosen = order.choose(self, piece, room, is_free=self._is_free())
             if not piece.spans:
                 waiting.popleft()
                 continue
@@ -140,6 +140,10 @@ class Delivery:
 
     def _runs_alone(self, portion: Portion, index: int) -> bool:
         return index in portion.attempts
+
+    def _is_free(self) -> bool:
+        """Say whether it may be given an event that is to run alone."""
+        return not self.holding
 
     def _comes_later(self, piece: Piece) -> bool:
         """Say whether it is less urgent than what is not in the window yet."""

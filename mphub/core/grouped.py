@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from mphub.core.delivery import RUNNING, Delivery, Range, Verdict, run_alone
+from mphub.core.delivery import RUNNING, Range, Verdict, run_alone
+from mphub.core.scattered import Scattered
 from mphub.core.spans import indexes
 
 States = Callable[[int, int], bytes]
 Charged = Callable[[int], bool]
 
 
-class Grouped(Delivery):
-    """What a process holds that runs events in batches."""
+class Grouped(Scattered):
+    """What a process holds that runs events in batches: one may wait for company while thousands behind it are not wanted."""
+
+    def _is_free(self) -> bool:
+        """It runs what has gathered as soon as such an event comes: that might wait for others which are behind this one."""
+        return True
 
     def died(self, states: States, charged: Charged) -> Verdict:
         numbers = [held.number - held.index + index for held in self.held for index in indexes(held.spans)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from mphub.core.delivery import DONE, FILTERED, HANDLED, RUNNING, WAITING
 from mphub.core.rows import Head
+from mphub.core.spans import spans_of
 from mphub.events import Event
 from mphub.options import Batch
 from mphub.procs.handlers import call_batch, check_asked_only
@@ -86,6 +89,8 @@ class Batches(Way):
         """What has been read and not been looked at."""
         self.end = 0
         """The delivery number behind all that has been read."""
+        self.owed = inf
+        """When what was given back would have waited long enough."""
         self._epoch = 0
 
     def run(self) -> None:
@@ -107,7 +112,7 @@ class Batches(Way):
             elif got[0] == STOP:
                 return
             elif (parcel := self.worker.unpack(got)) is not None:
-                due = time.monotonic() + self.rule.wait
+                due = min(time.monotonic() + self.rule.wait, self.owed)
                 self.coming.extend(Item(parcel, place, parcel.number(place), due) for place in range(len(parcel.events)))
                 self.end = parcel.end
 
@@ -127,6 +132,12 @@ class Batches(Way):
         firsts = [items[0].number for items in (self.running, self.singly, self.batch, self.coming) if items]
         return min(firsts, default=self.end)
 
+    def claims(self) -> Iterator[tuple[int, int]]:
+        """Yield what is open or not known to be committed, not all that it came with: of a million one may be wanted."""
+        ended = [self.worker.ended, *(numbers for _, _, _, numbers in self.worker.unconfirmed)]
+        numbers = [item.number for item in (*self.running, *self.singly, *self.batch, *self.coming)]
+        yield from ((first, end - first) for first, end in spans_of(sorted(itertools.chain(numbers, *ended))))
+
     # -- what to run next
 
     def _next_batch(self) -> list[Item]:
@@ -143,8 +154,8 @@ class Batches(Way):
         return items
 
     def _is_whole(self) -> bool:
-        """Say whether nothing more may come to it: what has failed already has its turn behind it."""
-        if self.coming and self.coming[0].error is not None:
+        """Say whether nothing more may come to it: what has failed already, or is to run alone, has its turn behind it."""
+        if self.coming and (self.coming[0].error is not None or (self.batch and self.coming[0].is_alone)):
             return True
         return len(self.batch) >= self.rule.size or bool(self.batch and self.batch[0].is_alone)
 
@@ -186,6 +197,9 @@ class Batches(Way):
         """Handle some events with one call, and report; if that fails, let them run one by one."""
         worker, began = self.worker, time.perf_counter()
         replies = len(worker.replies)
+        if items[0].is_alone and worker.unsaved:
+            worker.upto = items[0].number
+            worker.report()  # a death is charged to it alone
         self._start(items)
         try:
             results, errors = call_batch(worker.runner.call, [item.take_payload() for item in items], [item.is_asked for item in items])
@@ -204,7 +218,7 @@ class Batches(Way):
         self._end(items, errors)
 
     def _start(self, items: list[Item]) -> None:
-        self.running = items
+        self.running, self.owed = items, inf
         self._epoch = min(item.parcel.deliver.epoch for item in items)
         for item in items:
             self.states[item.slot] = RUNNING
@@ -239,6 +253,7 @@ class Batches(Way):
         """Report a batch, its outputs and its failures."""
         worker = self.worker
         worker.unsaved += (len(items) - len(errors)) if worker.spec.snapshot is not None else 0
+        worker.ended += [item.number for place, item in enumerate(items) if place not in errors]
         goes_first = self._failed(items, errors)
         worker.upto = self._first_open()
         if goes_first:
@@ -265,6 +280,7 @@ class Batches(Way):
         if not (self.singly or self.batch or self.coming or with_what_comes):
             return
         self.worker.upto = self.end = self._first_open()
+        self.owed = min([self.owed, *(items[0].due for items in (self.batch, self.coming) if items)])
         self.singly.clear()
         self.batch.clear()
         self.coming.clear()

@@ -547,8 +547,8 @@ class Exchange:
         self._dirty_frames.add(incarnation)
         failed = {f.number: found for f in report.failures if (found := delivery.find(f.number))}
         filtered = {number: found for number in report.filtered if (found := delivery.find(number))}
-        if isinstance(box, Host) and (report.slow or report.free):
-            self.sharing.note_slow(box, report.slow, report.free)
+        if isinstance(box, Host) and (report.slow or report.next or report.free):
+            self.sharing.note_slow(box, report)
         # sent again to a new router it is of a generation before its hello, which has given all back already
         before = box.window.loaded
         returned = report.returned and report.generation >= delivery.generation

@@ -262,9 +262,9 @@ class Hosting(Crew):
             self.coming.appendleft(guest.behind.popleft())
             if not guest.behind:
                 self.waiting.discard(guest)
-        if guest.named:
-            guest.named = False
-            self.worker.free.append(guest.joined.number)
+        elif guest.named:
+            guest.named = time.perf_counter() - job.began >= SLOW
+            (self.worker.next if guest.named else self.worker.free).append(guest.joined.number)
 
     def _name_slow(self) -> None:
         """Give back what waits behind long events: it would take the room of others'."""
@@ -284,7 +284,7 @@ class Hosting(Crew):
 
     def _take_back(self) -> list[int]:
         """Take out what has not started; return its numbers."""
-        taken: list[Job] = [*self.coming, *(job for guest in self.waiting for job in guest.behind)]
+        taken: list[Share] = [*self.coming, *(job for guest in self.waiting for job in guest.behind)]
         for guest in self.waiting:
             guest.behind.clear()
         self.waiting.clear()

@@ -154,6 +154,9 @@ class Host(Mailbox):
     def maxsize(self) -> int:
         return self.spec.inbox.maxsize * max(1, len(self.members))
 
+    def those(self, numbers: list[int]) -> Iterator[Member]:
+        return (self.members[number] for number in numbers if number in self.members)
+
     def audience(self, id: int) -> Assembly | Member:
         return self.members[~id] if id < 0 else self.crowds[id]
 

@@ -13,7 +13,7 @@ from mphub.procs.hosts import Assembly, Host, Member, Target
 from mphub.procs.mailbox import LASTING, Mailbox
 from mphub.procs.withdrawals import OVERFLOW
 from mphub.store.journal import Counters, SubscriberState
-from mphub.wire.frames import decoder, encode
+from mphub.wire.frames import Report, decoder, encode
 from mphub.wire.specs import Spec, Surroundings
 
 if TYPE_CHECKING:
@@ -165,14 +165,14 @@ class Sharing:
     def _open(self, member: Member) -> None:
         member.host.window.extend_left(member.host.aside.open(member))
 
-    def note_slow(self, host: Host, slow: list[int], free: list[int]) -> None:
-        """Put members aside that have been at one event for long, and take back those that are through."""
-        for number in slow:
-            if number in host.members:
-                host.aside.close(host.members[number], slow=True)
-        for number in free:
-            if number in host.members:
-                host.window.extend_left(host.aside.open(host.members[number], slow=True))
+    def note_slow(self, host: Host, report: Report) -> None:
+        """Put members aside that have been at one event for long, let those go on that are through, and take back those that were quick."""
+        for member in host.those(report.slow):
+            host.aside.close(member, slow=True)
+        for member in host.those(report.next):
+            host.aside.go_on(member)
+        for member in host.those(report.free):
+            host.window.extend_left(host.aside.open(member, slow=True))
 
     def tidy(self, host: Host) -> None:
         """End what comes for members that do not run: of one that is gone all, of one that is FATAL its requests, and what is too much."""

@@ -328,4 +328,5 @@ def tails(logs: Path) -> dict[str, Tail]:
 def make_child(spec: Spec, folder: Path) -> tuple[int, Board]:
     """Draw an incarnation's number and make its board."""
     incarnation = int.from_bytes(os.urandom(8), "big")
-    return incarnation, Board(folder / "boards" / f"{incarnation:x}", create=True, scattered=spec.concurrency > 1 or spec.hosts)
+    scattered = spec.concurrency > 1 or spec.batch is not None or spec.hosts
+    return incarnation, Board(folder / "boards" / f"{incarnation:x}", create=True, scattered=scattered)

@@ -60,16 +60,17 @@ class Worker:
         self.outputs = Outputs(incarnation, self.blobs, address.largest)
         self.line: Line | None = None
         self.way: Way | None = None
-        self.unconfirmed: deque[tuple[int, int, bytes]] = deque()
-        """(frame, upto, bytes)."""
+        self.unconfirmed: deque[tuple[int, int, bytes, list[int]]] = deque()
+        """(frame, upto, bytes, what it names as ended)."""
         self.failures: list[Failure] = []
         self.replies: list[ReplyRow] = []
         self.filtered: list[int] = []
         self.ended: list[int] = []
         """What the next report is to name if something before it has not ended yet."""
         self.slow: list[int] = []
+        self.next: list[int] = []
         self.free: list[int] = []
-        """Of the subscribers that share it: who has become slow since the last report, and who is so no more."""
+        """Of the subscribers that share it: who has become slow since the last report, wants the next event, is slow no more."""
         self.frame = self.confirmed = 0
         self.claims: deque[tuple[int, int, list[int] | None]] = deque()
         """(first delivery number, count, offsets in there unless all) of what it has run and does not know to be committed."""
@@ -185,7 +186,7 @@ class Worker:
         welcome = _welcome.decode(header)
         self._forget_confirmed(welcome.confirmed)
         failpoints.hit("worker.welcome")
-        for _, _, data in self.unconfirmed:
+        for _, _, data, _ in self.unconfirmed:
             self._write(data)
         return welcome
 
@@ -222,7 +223,7 @@ class Worker:
         if deliver.generation < self.generation:
             return None  # handed out before this process gave everything back
         self.generation = deliver.generation
-        if self.spec.concurrency == 1 and not self.spec.hosts:
+        if self.spec.concurrency == 1 and self.spec.batch is None and not self.spec.hosts:
             self.claims.append((deliver.number, deliver.count, deliver.chosen))
         failpoints.hit("worker.read")
         return (SharedParcel if self.spec.hosts else Parcel)(deliver, body, self.blobs, self.codec)
@@ -331,13 +332,14 @@ class Worker:
         self.frame += 1
         report = Report(
             self.frame, self.upto, self.ran, self.seconds, self.failures, self.outputs.take(), self.replies,
-            snapshot, blob, returned, self.generation, self.filtered, self._ended_early(), still or [], self.slow, self.free,
+            snapshot, blob, returned, self.generation, self.filtered, self._ended_early(), still or [], self.slow, self.next,
+            self.free,
         )  # fmt: skip
         data = frames.frame(frames.REPORT, encode(report))
+        self.unconfirmed.append((self.frame, self.upto, data, self.ended))
         self.failures, self.replies, self.filtered, self.ended, self.ran, self.seconds = [], [], [], [], 0, 0.0
-        self.slow, self.free = [], []
+        self.slow, self.next, self.free = [], [], []
         self.last_report = time.monotonic()
-        self.unconfirmed.append((self.frame, self.upto, data))
         self._write(data)
         failpoints.hit("worker.reported")
 

@@ -391,9 +391,11 @@ class Report(Wire, frozen=True):
     still: list[tuple[Number, Number]] = []
     """Those that run on though the rest was given back."""
     slow: list[int] = []
-    """Of subscribers that share the process: who has been at one event for long and is to be given nothing more for now."""
+    """Of subscribers that share the process: who has been at one event for long and is to be given one after the other from now on."""
+    next: list[int] = []
+    """Those of them that are to be given the next one."""
     free: list[int] = []
-    """Those of them that are through."""
+    """Those of them that have been quick, and are to be given events as they come."""
 
 
 class Call(Wire, frozen=True):

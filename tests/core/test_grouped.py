@@ -46,7 +46,7 @@ def die(settle: Settle, states: list[int], charged: Callable[[int], bool] = blam
     row: Any = SimpleNamespace(id=1, batch=SimpleNamespace(extras=None))
     portion = Portion(row, [(0, len(states))], 10, dict(attempts or {}))
     window.add(portion)
-    verdict = settle(Grouped(window, 3, Credit(8, least=8), 32), bytes(states), charged)
+    verdict = settle(Grouped(window, 3, Credit(8, least=8), 32, 8), bytes(states), charged)
     waiting = [index for piece in window.waiting for index in indexes(piece.spans)]
     finished = [index for _, spans in verdict.finished for index in indexes(spans)]
     return portion.attempts, waiting, finished, [index for _, index, _ in verdict.dead]

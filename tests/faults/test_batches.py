@@ -89,3 +89,19 @@ def test_whoever_dies_each_event_ends_once_with_its_outputs(tmp_path: Path) -> N
     assert (statistics.handled, statistics.dead, statistics.restarts) == (1500, 0, 10)
     attempts = Counter(word for line in lines(log) for word in line.split() if "(" in word)
     assert attempts == Counter(f"{n}(2)" for n in range(299, 1500, 300)), "nobody else is charged"
+
+
+def test_a_new_router_knows_what_waits_for_company_since_long_ago(tmp_path: Path) -> None:
+    """Hundreds of frames ago it was handed out, and nothing of them was wanted."""
+    log = tmp_path / "log"
+    hub = EventHub()
+    sub = hub.subscribe("k", lambda _: note_batch(log), batch=Batch(size=2, wait=3600), where=lambda n: n in (0, 5000))
+    with hub:
+        for n in range(1100):
+            hub.publish("k", n)
+            hub.flush()
+        assert eventually(lambda: sub.statistics().dropped == {"filtered": 1099})
+        os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+        hub.publish("k", 5000)
+        hub.drain(20)
+    assert lines(log) == ["0 5000"]

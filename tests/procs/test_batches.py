@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 
 import mphub
-from mphub import Batch, BatchFailed, EventHub, InvalidOption, PayloadError, Snapshot, Subscriber
+from mphub import Batch, BatchFailed, EventHub, InvalidOption, Limits, PayloadError, RetryLater, Snapshot, Subscriber
 from mphub.procs.handlers import call_batch
 from tests.helpers import eventually
-from tests.notes import lines, note
+from tests.notes import lines, note, note_batch, publish_together
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -170,3 +171,76 @@ def test_a_class_needs_the_method_that_is_called() -> None:
         hub.subscribe("k", Wrong, batch=Batch())
     with pytest.raises(InvalidOption, match=r"takes .*; expected a callable with one argument, the list of payloads"):
         hub.subscribe("k", lambda: None, batch=Batch())  # type: ignore[arg-type, misc]
+
+
+# -- what would wait for a batch to fill that cannot: the wait is endless
+
+
+def test_a_map_asks_for_as_many_at_a_time_as_a_batch_has() -> None:
+    hub = EventHub()
+    sub = hub.subscribe("k", lambda numbers: [len(numbers)] * len(numbers), batch=Batch(size=100, wait=3600))
+    with hub:
+        assert list(sub.map(range(300))) == [100] * 300
+        assert list(hub.map("k", range(300))) == [100] * 300
+
+
+def test_what_runs_alone_is_not_kept_by_what_waits_for_company(tmp_path: Path) -> None:
+    def handle(numbers: list[int]) -> None:
+        note_batch(tmp_path / "log")
+        if len(numbers) > 1 and 0 in numbers:
+            raise BatchFailed({0: RetryLater(0.1)})
+
+    hub = EventHub()
+    hub.subscribe("k", handle, batch=Batch(size=2, wait=3600))
+    with hub:
+        publish_together(hub, [0, 1])
+        assert eventually(lambda: lines(tmp_path / "log") == ["0 1"])
+        hub.publish("k", 2, confirm=True)
+        assert eventually(lambda: lines(tmp_path / "log") == ["0 1", "2", "0(2)"])
+        publish_together(hub, [3, 4])
+        hub.drain(10)
+    assert lines(tmp_path / "log")[-1] == "3 4"
+
+
+def test_others_that_are_cancelled_put_no_batch_off(tmp_path: Path) -> None:
+    """What a process gives back for their sake has begun to wait."""
+    hub = EventHub()
+    sub = hub.subscribe("k", lambda numbers: note(tmp_path / "log", numbers), batch=Batch(size=1000, wait=0.4))
+
+    def cancel_one() -> bool:
+        reply = sub.request(2)
+        hub.flush()
+        assert not eventually(lambda: bool(lines(tmp_path / "log")), 0.1)
+        return reply.cancel()
+
+    with hub:
+        hub.publish("k", 1, confirm=True)
+        assert all(cancel_one() for _ in range(3))
+        assert eventually(lambda: bool(lines(tmp_path / "log")), 0.3)
+
+
+def test_one_in_very_many_is_wanted(tmp_path: Path) -> None:
+    """More lie between two of a batch than a process can hold."""
+    hub = EventHub()
+    hub.subscribe("k", lambda numbers: note(tmp_path / "log", numbers), batch=Batch(size=2, wait=3600), where=lambda n: n % 20_000 == 0)
+    with hub:
+        hub.publish_batch("k", range(20_001))
+        assert eventually(lambda: lines(tmp_path / "log") == ["[0, 20000]"], 10)
+
+
+def test_each_of_a_batch_knows_that_it_is_cancelled(tmp_path: Path) -> None:
+    def handle(numbers: list[int]) -> list[int]:
+        note(tmp_path / "log", "began")
+        while sum(event.cancelled for event in mphub.current_events()) < 8:
+            time.sleep(0.005)
+        note(tmp_path / "log", [event.payload for event in mphub.current_events() if event.cancelled])
+        return numbers
+
+    hub = EventHub(check=False)
+    sub = hub.subscribe("k", handle, batch=Batch(size=10, wait=3600), limits=Limits(timeout=10))
+    with hub:
+        replies = [sub.request(n) for n in range(10)]
+        assert eventually(lambda: lines(tmp_path / "log") == ["began"])
+        for reply in replies[:8]:
+            reply.cancel()
+        assert eventually(lambda: lines(tmp_path / "log")[1:] == [str([*range(8)])])
