@@ -351,8 +351,13 @@ class Supervisor:
         self.link.ask("drain", drained)
 
     def do_states(self, answer: Reply) -> None:
-        states = {name: {"state": g.state, "error": g.error[0], "traceback": g.error[1]} for name, g in self.groups.items()}
-        self.link.ask("odd", lambda odd: answer(states | odd))
+        """Tell the states of all subscribers."""
+
+        def merge(odd: dict[str, Any]) -> None:
+            # as they are by now: who asks believes this more than what was pushed meanwhile
+            answer({name: {"state": g.state, "error": g.error[0], "traceback": g.error[1]} for name, g in self.groups.items()} | odd)
+
+        self.link.ask("odd", merge)
 
     def do_statistics(self, answer: Reply) -> None:
         """Merge the router's counters with states, pids, cpu and rss."""
