@@ -127,6 +127,7 @@ def take_over(path: Path) -> DurableFolder:
         if folder.was_cut_off:
             folder.forget_processes()
             check_journal(path)
+            folder.note_whole()
         kill_recorded(path)
     except BaseException:
         folder.close()

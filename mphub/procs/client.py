@@ -49,11 +49,9 @@ class Client:
         self._torn = 0
         self._frost = fork.Frost()
         self._lock = threading.Lock()
-        self.durable = None if durable is None else boot.take_over(durable)
-        boot.sweep(self.folder.parent)
         with contextlib.ExitStack() as undo:
-            if self.durable is not None:
-                undo.callback(self.durable.close)
+            self.durable = None if durable is None else undo.enter_context(contextlib.closing(boot.take_over(durable)))
+            boot.sweep(self.folder.parent)
             self._lock_of_folder = boot.make_folder(self.folder, durable)
             undo.callback(self._remove_folder)
             self.process, self._line = self._launch()

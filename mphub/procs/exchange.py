@@ -86,7 +86,7 @@ class Exchange:
     def __init__(self, journal: Keeper, blobs: Blobs, max_bytes: int, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.journal, self.blobs, self.max_bytes = journal, blobs, max_bytes
-        self.references = References(blobs)
+        self.references = References(blobs, synced=journal.synced)
         self.admitted = int(max_bytes * ADMIT)
         self.boxes: dict[str, Mailbox] = {}
         self.full: set[Mailbox] = set()
@@ -146,6 +146,7 @@ class Exchange:
             self.room.compact()
         if self.references.ended:  # for a router that dies before it has removed them
             self.journal.put("meta", b"ended", encode(self.references.ended))
+        self.references.sync()
         self.journal.commit()
         if self.taps.noted:
             self.taps.offer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import io
@@ -9,6 +10,7 @@ import mmap
 import os
 import time
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 from mphub import failpoints
@@ -115,6 +117,13 @@ class Blobs:
     def remove(self, name: str) -> None:
         (self.folder / checked(name)).unlink(missing_ok=True)
 
+    def sync(self, names: Iterable[str]) -> None:
+        """Put files on the disk, and that they are there."""
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # of one that was refused for that
+                sync_path(self.folder / checked(name))
+        sync_path(self.folder)
+
     def of_writer(self, writer: int) -> list[str]:
         """List what one writer left."""
         prefix = f"{writer:016x}-"
@@ -131,6 +140,15 @@ def private_map(descriptor: int, size: int) -> memoryview:
     return memoryview(data).cast("B")
 
 
+def sync_path(path: str | os.PathLike[str]) -> None:
+    """Put a file on the disk, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_all(file: io.FileIO, piece: bytes | memoryview) -> None:
     """Write without a copy; a disk that fills up takes a part, and says so with the next one."""
     left = memoryview(piece).cast("B")
@@ -141,9 +159,12 @@ def write_all(file: io.FileIO, piece: bytes | memoryview) -> None:
 class References:
     """Who still needs which blob: a file goes after the commit that ends the last reference to it."""
 
-    def __init__(self, blobs: Blobs) -> None:
-        self.blobs = blobs
+    def __init__(self, blobs: Blobs, *, synced: bool = False) -> None:
+        """``synced``: they are on the disk before the commit that names them."""
+        self.blobs, self.synced = blobs, synced
         self.bytes = 0
+        self.new: list[str] = []
+        """Files that this turn is the first to name, if that matters."""
         self._held: dict[str, tuple[int, int]] = {}
         """name -> (references, bytes)."""
         self._of_row: dict[int, str] = {}
@@ -158,6 +179,8 @@ class References:
         if not count:
             size = self._size(name)
             self.bytes += size
+            if self.synced:
+                self.new.append(name)
         self._held[name] = (count + 1, size)
 
     def hold_for(self, row: int, name: str | None) -> None:
@@ -188,6 +211,12 @@ class References:
     def end_of_writer(self, writer: int) -> None:
         """Let go what a dead writer left and nothing refers to."""
         self.ended.extend(name for name in self.blobs.of_writer(writer) if name not in self._held)
+
+    def sync(self) -> None:
+        """Put on the disk what is named for the first time; to be called before the commit."""
+        if self.new:
+            self.blobs.sync(self.new)
+            self.new.clear()
 
     def sweep(self) -> None:
         """Remove the files whose last reference has ended; to be called after the commit."""

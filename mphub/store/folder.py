@@ -71,11 +71,9 @@ class DurableFolder:
             )
 
     def _take(self) -> IO[bytes]:
-        if self.path in _open_here:
-            raise HubExists(
-                f"path: another hub of this process (pid {os.getpid()}) has {self.path}: stop that first, or choose another folder"
-            )
         try:
+            if self.path in _open_here:
+                raise BlockingIOError
             lock = lock_file(self.path / "lock")
         except BlockingIOError:
             pid = owner.pid if (owner := self._owner()) is not None else "unknown"
@@ -84,13 +82,21 @@ class DurableFolder:
         return lock
 
     def _enter(self) -> bool:
-        """Note whose it is now; say whether its last owner may have ended with the whole machine."""
+        """Make what is missing, and note whose it is; say whether its last owner may have ended with the whole machine."""
         before, now = self._owner(), boot_id()
         for name in PARTS:
             (self.path / name).mkdir(mode=0o700, exist_ok=True)
         write(self.path / "format", FORMAT)
-        write(self.path / "owner", msgspec.json.encode(Owner(os.getpid(), now)))
+        self._note_owner(before.boot if before is not None else now)
         return before is not None and before.boot != now
+
+    def note_whole(self) -> None:
+        """Note that what the end of the machine may have damaged has been read; until then each start does that."""
+        with saying(self.path):
+            self._note_owner(boot_id())
+
+    def _note_owner(self, boot: str) -> None:
+        write(self.path / "owner", msgspec.json.encode(Owner(os.getpid(), boot)))
 
     def _owner(self) -> Owner | None:
         with contextlib.suppress(OSError, msgspec.MsgspecError):

@@ -18,6 +18,7 @@ import lmdb
 import msgspec
 
 from mphub.errors import JournalError
+from mphub.store.blobs import sync_path
 from mphub.wire.frames import Batch
 
 TABLES: Final = (
@@ -183,6 +184,8 @@ class Keeper(Lasting, Protocol):
     """What the exchange asks of a journal; all calls but ``turn`` belong inside a turn."""
 
     used: int
+    synced: bool
+    """A commit is on the disk when it returns."""
 
     def turn(self) -> Turn: ...
     def get(self, table: str, key: bytes) -> bytes | None: ...
@@ -200,7 +203,7 @@ class Journal:
         self, folder: str | os.PathLike[str], max_bytes: int, wait: Callable[[], None] | None = None, *, synced: bool = False
     ) -> None:
         """Open a journal, or make one; ``synced``: a commit is on the disk when it returns."""
-        self.folder = Path(folder)
+        self.folder, self.synced = Path(folder), synced
         self._wait = wait
         """What to do before a commit that the disk has no room for is tried again (None: raise)."""
         self._changes: list[tuple[Any, bytes, bytes | None]] = []
@@ -215,6 +218,8 @@ class Journal:
             metasync=synced,
             lock=False,
         )
+        if synced:
+            sync_path(self.folder)  # that the file is there
         main = self._env.open_db(None)
         self._tables = {name: (main, BOOKS[name]) if name in BOOKS else (self._env.open_db(name.encode()), b"") for name in TABLES}
         """table -> (database, what its keys begin with there)."""
@@ -328,7 +333,7 @@ class MemoryJournal:
 
     def __init__(self) -> None:
         self._tables: dict[str, dict[bytes, bytes]] = {name: {} for name in TABLES}
-        self.used = 0
+        self.used, self.synced = 0, False
 
     def turn(self) -> Turn:
         return Turn(self)
