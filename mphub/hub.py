@@ -486,12 +486,12 @@ class EventHub:
                 keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where,
                 ordered, rate, recycle, batch, concurrency, process if self._kind == "process" else None,
             )  # fmt: skip
-            host = self._host_of(spec)
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             self._refuse_leaving(spec.name)
             before = self._subscriptions.get(spec.name)
             if before is not None and before._spec.process != spec.process:
                 raise InvalidOption(f"process: got {process!r} for {spec.name!r}, which runs elsewhere: unsubscribe it first")
+            host = self._host_of(spec)
             self._subscriptions[spec.name] = subscription
             self._subscriptions.changed()
             if self._engine is not None:
@@ -501,6 +501,8 @@ class EventHub:
                     self._subscriptions.pop(spec.name)
                     self._subscriptions |= {} if before is None else {spec.name: before}
                     self._subscriptions.changed()
+                    for each in host:
+                        del self._hosts[each.name]
                     raise
         return subscription
 

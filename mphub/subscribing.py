@@ -18,11 +18,9 @@ from mphub.procs import boot, handlers
 from mphub.subscriber import Subscriber
 from mphub.wire import codec
 from mphub.wire.frames import is_text
-from mphub.wire.specs import Spec, Surroundings
+from mphub.wire.specs import NOWHERE, Spec, Surroundings
 
 MAX_CONCURRENCY = 10_000
-NOWHERE = Surroundings(b"", [], {})
-"""Of a subscriber that has no process by itself."""
 MAX_REPLICAS = 1000
 """Each is a process of 5 MB at least."""
 THREAD_VARIABLES = (

@@ -181,15 +181,22 @@ class Hosted(Scattered, Generic[M]):
     def died(self, states: Callable[[int, int], bytes], charged: Callable[[int], bool]) -> Verdict:
         self._forget_slow()
         self._make_way([(held.portion, held.spans) for held in self.held])
-        return super().died(states, charged)
+        return charge(super().died(states, charged))
 
     def died_unseen(self, ranges: list[Range], states: Callable[[int, int], bytes], charged: Callable[[int], bool]) -> Verdict:
         self._forget_slow()
-        return super().died_unseen(ranges, states, charged)
+        return charge(super().died_unseen(ranges, states, charged))
 
     def _forget_slow(self) -> None:
         for member in list(self.aside.slow):
             self.window.extend_left(self.aside.open(member, slow=True))
+
+
+def charge(verdict: Verdict) -> Verdict:
+    """Let what is charged for a death run alone, also a retry, which else runs beside others."""
+    for portion in verdict.changed:
+        portion.due = 0.0
+    return verdict
 
 
 def member_of(piece: Piece) -> Any:

@@ -12,7 +12,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextvars import ContextVar
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -449,19 +449,19 @@ class Threads:
             os.write(self.wake, b"\0")
 
 
-class Tasks:
-    """A task for each event that runs, all on one loop, which turns while the main thread waits."""
+class Loop:
+    """Turns while the main thread waits."""
 
-    def __init__(self, crew: Crew, loop: asyncio.AbstractEventLoop) -> None:
-        self.crew, self.loop = crew, loop
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
         self.thread = threading.get_ident()
         self.tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, job: Job) -> bool:
-        task = self.loop.create_task(self._handle(job))
+    def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Let a task run a coroutine."""
+        task = self.loop.create_task(coroutine)
         self.tasks.add(task)  # the loop knows it by a weak reference only
         task.add_done_callback(self.tasks.discard)
-        return True
 
     def wait(self, line: Line | None, until: float) -> None:
         loop = self.loop
@@ -475,6 +475,18 @@ class Tasks:
                 loop.remove_reader(line.sock.fileno())
             if timer is not None:
                 timer.cancel()
+
+
+class Tasks(Loop):
+    """A task for each event that runs, all on one loop."""
+
+    def __init__(self, crew: Crew, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self.crew = crew
+
+    def start(self, job: Job) -> bool:
+        self.run(self._handle(job))
+        return True
 
     async def _handle(self, job: Job) -> None:
         crew = self.crew

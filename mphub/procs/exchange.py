@@ -653,8 +653,6 @@ class Exchange:
         for portion, index, attempts in verdict.dead:
             self.letters.bury(box, portion, index, cause.reason, attempts, cause=cause)
         for portion in verdict.changed:
-            if portion.pairs is not None:
-                portion.due = 0.0  # of a retry, which runs beside others unless it was charged for a death
             self.touch(box)[portion.row.id] = portion
         for again in verdict.again:
             box.who(again.portion, again.index).counters.retried += 1

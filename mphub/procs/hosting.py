@@ -23,7 +23,7 @@ import msgspec
 from mphub.core.delivery import DONE, RUNNING
 from mphub.events import Event
 from mphub.procs import handlers
-from mphub.procs.crew import Crew, Hands, Job, current, random_id
+from mphub.procs.crew import Crew, Hands, Job, Loop, current, random_id
 from mphub.procs.handlers import Runner
 from mphub.procs.outputs import Outputs
 from mphub.procs.parcels import Parcel, SharedParcel
@@ -171,6 +171,8 @@ class Hosting(Crew):
         elif got[0] == frames.CROWD:
             crowd = _crowded.decode(got[1])
             self.crowds[crowd.id] = [self.guests.get(number) or Guest(Joined(number, 0, "", b"")) for number in crowd.members]
+            if not crowd.members:
+                del self.crowds[crowd.id]
         else:
             super()._take(line, got)
 
@@ -319,13 +321,12 @@ class Hosting(Crew):
 _, GONE = handlers.nothing()
 
 
-class Turns:
-    """Runs coroutines while the main thread waits."""
+class Turns(Loop):
+    """Runs coroutines, those that wait for nothing one after the other."""
 
     def __init__(self, host: Hosting, loop: asyncio.AbstractEventLoop) -> None:
-        self.host, self.loop = host, loop
-        self.thread = threading.get_ident()
-        self.tasks: set[asyncio.Task[None]] = set()
+        super().__init__(loop)
+        self.host = host
         self.turn: object = None
         """Of the task that runs one event after the other; that of another is None."""
 
@@ -336,9 +337,7 @@ class Turns:
         """Let a task run what comes next."""
         if self.turn is None:
             turn = self.turn = object()
-            task = self.loop.create_task(self._run(turn))
-            self.tasks.add(task)  # the loop knows it by a weak reference only
-            task.add_done_callback(self.tasks.discard)
+            self.run(self._run(turn))
             self.loop.call_soon(self._go_on, turn)
 
     def _go_on(self, turn: object) -> None:
@@ -346,19 +345,6 @@ class Turns:
         if self.turn is turn:
             self.turn = None
             self.begin() if self.host.coming else self.loop.stop()
-
-    def wait(self, line: Line | None, until: float) -> None:
-        loop = self.loop
-        timer = None if until == inf else loop.call_later(max(0.0, until - time.monotonic()), loop.stop)
-        if line is not None:
-            loop.add_reader(line.sock.fileno(), loop.stop)
-        try:
-            loop.run_forever()
-        finally:
-            if line is not None:
-                loop.remove_reader(line.sock.fileno())
-            if timer is not None:
-                timer.cancel()
 
     async def _run(self, turn: object) -> None:
         """Run events until one of them has waited for something, or it is others' turn."""

@@ -15,8 +15,8 @@ from mphub.core.crowds import Crowd, Pairs, Stretch
 from mphub.core.rows import ROW, Row
 from mphub.core.spans import Spans, indexes, length
 from mphub.core.window import Portion
-from mphub.procs.mailbox import Entry, Mailbox
-from mphub.store.journal import Counters, Single, Stored, SubscriberState
+from mphub.procs.mailbox import Entry, Mailbox, Named
+from mphub.store.journal import Single, Stored, SubscriberState
 from mphub.wire.frames import Batch, Joined, encode
 from mphub.wire.specs import Spec
 
@@ -24,8 +24,12 @@ PAIRS = 100_000
 """Of one process in memory, those that wait for a slow subscriber of it among them."""
 
 
+MANY = 100
+"""Crowds of a process that are kept in any case."""
+
+
 @dataclass(eq=False)
-class Member:
+class Member(Named):
     """One of several subscribers that share a process; a crowd of one, too."""
 
     host: Host
@@ -33,10 +37,6 @@ class Member:
     state: SubscriberState
     status: str = ""
     """Its own, if that is another than its process's."""
-
-    @property
-    def gone(self) -> bool:
-        return not self.spec.patterns
 
     @property
     def is_absent(self) -> bool:
@@ -47,26 +47,9 @@ class Member:
         return "STOPPED" if self.gone else self.status or self.host.status
 
     @property
-    def given_up(self) -> bool:
-        """Say whether nobody will start it again unasked."""
-        return self.condition in ("FATAL", "STOPPED")
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def number(self) -> int:
-        return self.state.number
-
-    @property
     def id(self) -> int:
         """Tell it from a crowd of several."""
         return ~self.state.number
-
-    @property
-    def counters(self) -> Counters:
-        return self.state.counters
 
     @property
     def max_attempts(self) -> int:
@@ -87,7 +70,6 @@ class Member:
         self.counters.handled += events
 
     def changed_box(self) -> Host:
-        """Return the inbox that its events wait in; its books are to be written."""
         self.host.changed.add(self)
         return self.host
 
@@ -127,6 +109,8 @@ class Host(Mailbox):
     assemblies: dict[tuple[Member, ...], Assembly] = field(default_factory=dict)
     changed: set[Member | Assembly] = field(default_factory=set)
     """Whose books are to be written."""
+    many: int = MANY
+    """Crowds from which those are looked for that are no more."""
 
     def adopt(self, spec: Spec, admitted: int) -> None:
         super().adopt(spec, admitted)

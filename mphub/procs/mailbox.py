@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -19,7 +19,7 @@ from mphub.core.window import Portion, Window
 from mphub.options import MOST
 from mphub.store.journal import Counters, Single, Stored, SubscriberState
 from mphub.wire.frames import Batch, encode
-from mphub.wire.specs import Spec, Surroundings
+from mphub.wire.specs import NOWHERE, Spec
 
 WINDOW_EVENTS = 10_000
 WINDOW_BYTES = 8_000_000
@@ -36,26 +36,49 @@ Entry = tuple[bytes, bytes]
 """Of a table: (key, value)."""
 
 
-class Named(Protocol):
+class Named:
     """A subscriber, as far as its events go."""
 
+    spec: Spec
+    state: SubscriberState
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        return self.spec.name
+
     @property
-    def spec(self) -> Spec: ...
+    def number(self) -> int:
+        return self.state.number
+
     @property
-    def counters(self) -> Counters: ...
+    def counters(self) -> Counters:
+        return self.state.counters
+
     @property
-    def gone(self) -> bool: ...
+    def gone(self) -> bool:
+        return not self.spec.patterns
+
     @property
-    def condition(self) -> str: ...
+    def condition(self) -> str:
+        """What its user sees of its state, as far as it is known here."""
+        raise NotImplementedError
+
     @property
-    def given_up(self) -> bool: ...
-    def changed_box(self) -> Mailbox: ...
+    def given_up(self) -> bool:
+        """Say whether nobody will start it again unasked."""
+        return self.condition in ("FATAL", "STOPPED")
+
+    def changed_box(self) -> Mailbox:
+        """Return the inbox that its events wait in; its books are to be written."""
+        raise NotImplementedError
+
+    def forget_code(self) -> None:
+        """Keep the books of one that is unsubscribed, and nothing else."""
+        self.spec = msgspec.structs.replace(self.spec, patterns=[], handler=b"", handler_blob=None, surroundings=NOWHERE)
 
 
 @dataclass(eq=False)
-class Mailbox:
+class Mailbox(Named):
     """A subscriber's inbox: a window in memory, the rest its cursor in the journal."""
 
     window_events: ClassVar[int] = WINDOW_EVENTS
@@ -113,8 +136,7 @@ class Mailbox:
 
     def bury(self) -> None:
         """Keep the books of one that is unsubscribed, and nothing else."""
-        nowhere = Surroundings(b"", [], {})
-        self.spec = msgspec.structs.replace(self.spec, patterns=[], handler=b"", handler_blob=None, surroundings=nowhere)
+        self.forget_code()
         self.status = "STOPPED"
 
     @property
@@ -125,10 +147,6 @@ class Mailbox:
     @tail.setter
     def tail(self, row: int | None) -> None:
         self.window.tail = row
-
-    @property
-    def gone(self) -> bool:
-        return not self.spec.patterns
 
     @property
     def is_absent(self) -> bool:
@@ -145,18 +163,6 @@ class Mailbox:
         return self.spec.inbox.maxsize
 
     @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def number(self) -> int:
-        return self.state.number
-
-    @property
-    def counters(self) -> Counters:
-        return self.state.counters
-
-    @property
     def stuck(self) -> bool:
         return self.status in STUCK
 
@@ -164,11 +170,6 @@ class Mailbox:
     def is_at_rest(self) -> bool:
         """Say whether its processes are to start nothing: it is paused, or all of them are to end."""
         return self.status in ("PAUSED", "STOPPING")
-
-    @property
-    def given_up(self) -> bool:
-        """Say whether nobody will start it again unasked."""
-        return self.status in ("FATAL", "STOPPED")
 
     @property
     def condition(self) -> str:
@@ -239,7 +240,6 @@ class Mailbox:
         return self
 
     def changed_box(self) -> Mailbox:
-        """Return the inbox that its events wait in."""
         return self
 
     def single(self, number: int, single: Single) -> Portion:

@@ -563,8 +563,12 @@ class Router:
         """Say for whom of a process what it is given is, and who they are if it does not know yet."""
         assert held.portion.pairs is not None
         runs = [(index - held.index, event, crowd, a, b) for index, event, crowd, a, b in held.portion.pairs.runs(held.spans)]
+        assert isinstance(seat.box, Host)
+        if len(seat.crowds) > len(seat.box.crowds):
+            for crowd in seat.crowds - seat.box.crowds.keys():
+                seat.crowds.discard(crowd)
+                stream.send(frames.CROWD, encode(Crowded(crowd, [])))
         for crowd in {run[2] for run in runs if run[2] >= 0} - seat.crowds:
-            assert isinstance(seat.box, Host)
             seat.crowds.add(crowd)
             stream.send(frames.CROWD, encode(Crowded(crowd, [member.number for member in seat.box.crowds[crowd].members])))
         return runs

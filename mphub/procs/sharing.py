@@ -9,19 +9,19 @@ import msgspec
 from mphub.core.aside import sift
 from mphub.core.spans import length
 from mphub.core.window import Piece
-from mphub.procs.hosts import Assembly, Host, Member, Target
+from mphub.procs.hosts import MANY, Assembly, Host, Member, Target
 from mphub.procs.mailbox import LASTING, Mailbox
 from mphub.procs.withdrawals import OVERFLOW
-from mphub.store.journal import Counters, SubscriberState
+from mphub.store.journal import Counters, Stored, SubscriberState
 from mphub.wire.frames import Report, decoder, encode
-from mphub.wire.specs import Spec, Surroundings
+from mphub.wire.specs import Spec
 
 if TYPE_CHECKING:
     from mphub.procs.exchange import Exchange
 
 MOST_ASIDE = 10_000
 """Events that wait for members of one process that do not run; what exceeds them becomes dead letters."""
-_spec, _state = decoder(Spec), decoder(SubscriberState)
+_spec, _state, _stored = decoder(Spec), decoder(SubscriberState), decoder(Stored)
 _crowd = msgspec.msgpack.Decoder(tuple[int, list[int]])
 _books = msgspec.msgpack.Decoder(tuple[int, dict[int, int]])
 
@@ -52,6 +52,7 @@ class Sharing:
             self._open(member)
         for pattern in spec.patterns:
             self.exchange.table.add(pattern, member)
+        self._retire(host)
         self.exchange.journal.put("subscribers", b"d" + spec.name.encode(), encode(spec))
         for kind in (b"u", b"t"):
             self.exchange.journal.delete("subscribers", kind + spec.name.encode())
@@ -70,8 +71,7 @@ class Sharing:
             return None
         self.exchange.table.remove(member)
         self.exchange.references.end(member.spec.handler_blob)
-        nowhere = Surroundings(b"", [], {})
-        member.spec = msgspec.structs.replace(member.spec, patterns=[], handler=b"", handler_blob=None, surroundings=nowhere)
+        member.forget_code()
         self.exchange.journal.put("subscribers", b"d" + name.encode(), encode(member.spec))
         self._close(member)
         return member
@@ -150,6 +150,26 @@ class Sharing:
             definition = encode((host.number, [member.number for member in members]))
             self.exchange.journal.put("subscribers", b"c" + crowd.id.to_bytes(8, "big"), definition)
         return crowd
+
+    def _retire(self, host: Host) -> None:
+        """Enter the books of crowds that no event is for any more in their members' own: each change of who is there makes new ones.
+
+        To be called when the table has forgotten them.
+        """
+        if len(host.crowds) < host.many:
+            return
+        rows = self.exchange.journal.scan("rows", host.state.cursor.to_bytes(8, "big"))
+        needed = {id for _, value in rows for _, _, id in _stored.decode(value).crowds.get(host.number, ())}
+        for crowd in [crowd for id, crowd in host.crowds.items() if id not in needed]:
+            for member, handled in zip(crowd.members, crowd.handled_each(), strict=True):
+                member.counters.accepted += crowd.accepted
+                member.counters.handled += handled
+            host.changed.update(crowd.members)
+            host.changed.discard(crowd)
+            del host.crowds[crowd.id], host.assemblies[crowd.members]
+            for kind in (b"c", b"k"):
+                self.exchange.journal.delete("subscribers", kind + crowd.id.to_bytes(8, "big"))
+        host.many = max(MANY, 2 * len(host.crowds))
 
     # -- who is given nothing
 

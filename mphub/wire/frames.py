@@ -255,7 +255,7 @@ class Members(Wire, frozen=True):
 
 
 class Crowded(Wire, frozen=True):
-    """Which members events may be for together; told before the first of those."""
+    """Which members events may be for together; told before the first of those, and without members once there will be none any more."""
 
     id: int
     members: list[int]

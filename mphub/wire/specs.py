@@ -15,6 +15,10 @@ class Surroundings(msgspec.Struct, frozen=True):
     environment: dict[bytes, bytes]
 
 
+NOWHERE = Surroundings(b"", [], {})
+"""Of a subscriber that has no process by itself."""
+
+
 class Spec(msgspec.Struct, frozen=True):
     """One subscription."""
 

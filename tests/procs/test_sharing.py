@@ -15,6 +15,12 @@ import pytest
 
 import mphub
 from mphub import Batch, EventHub, Inbox, InvalidOption, Limits, Rate, Recycle, Restart, Snapshot, Subscriber
+from mphub.procs.exchange import Exchange
+from mphub.procs.hosts import MANY, Host
+from mphub.store.blobs import Blobs
+from mphub.store.journal import Journal
+from mphub.wire.frames import Batch as Frame
+from mphub.wire.frames import encode, join
 from tests.helpers import eventually
 from tests.notes import lines, note
 
@@ -186,3 +192,25 @@ def test_the_end_of_one_that_shares_a_process_tears_down_it_alone(tmp_path: Path
         assert eventually(lambda: lines(tmp_path / "log") == ["first True"])
     assert lines(tmp_path / "log") == ["first True", "second True"]
     assert sorted(lines(tmp_path / "out")) == ["first begins", "second begins"]
+
+
+def test_those_who_come_and_go_leave_no_more_than_their_books(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    exchange = Exchange(Journal(tmp_path, 64 << 20), Blobs(tmp_path / "blobs"), 64 << 20, time.time)
+    hub, count = EventHub(), 300
+    specs = [hub.subscribe("k", len, name=f"s{n}", process="one")._spec for n in range(count)]
+    with exchange.turn():
+        exchange.subscribe(*hub._hosts.values())
+    host = exchange.boxes["process:one"]
+    assert isinstance(host, Host)
+    for n, spec in enumerate(specs):
+        with exchange.turn():
+            exchange.sharing.join(spec)
+            batch = Frame(1, n + 1, n + 1, 1, ["k"], [0], 0.0, size=1)
+            exchange.take_in(batch, encode(batch), join([b"1"]), 1)
+        with exchange.turn():
+            exchange.drop_pending(host, "purged")
+    assert len(host.crowds) <= MANY
+    assert {name: (one["accepted"], one["unfinished"]) for name, one in host.public().items()} == {
+        f"s{n}": (count - n, 0) for n in range(count)
+    }
