@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from html.parser import HTMLParser
 
 import pytest
@@ -70,3 +72,25 @@ class Cells(HTMLParser):
             self.rows[-1][-1] += data
         elif self.open[-1] == "caption":
             self.caption += data
+
+
+def size(payload: object) -> int:
+    return len(payload) if isinstance(payload, bytes) else len(payload[-1])  # type: ignore[index]
+
+
+def halve(n: int) -> int:
+    if n % 2:
+        raise ValueError(f"{n} is odd")
+    return n // 2
+
+
+def let_die(how: str, router: int, pid: int, meet: Callable[[], object]) -> None:
+    """Kill a process: alone, after its router and once ``meet`` has waited for the next one, or before one that does not see it."""
+    if how == "dies first":
+        os.kill(router, signal.SIGKILL)
+        meet()
+    elif how == "dies unseeing":
+        os.kill(router, signal.SIGSTOP)
+    os.kill(pid, signal.SIGKILL)
+    if how == "dies unseeing":
+        os.kill(router, signal.SIGKILL)

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sqlite3
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mphub import Batch, EventHub, Restart, StartFailed
 from mphub.store.archive import JsonLinesArchive, SqliteArchive
+from tests.archives import SOON, lines, rows
 
 pytestmark = pytest.mark.timeout(60)
-
-
-SOON = Batch(100, 0.02)
-
-
-def rows(path: Path) -> list[tuple[Any, ...]]:
-    with sqlite3.connect(path) as database:
-        return database.execute("SELECT id, time, key, headers, payload, data FROM events ORDER BY time, id").fetchall()
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.open()]
 
 
 def test_both_keep_what_is_published_by_every_engine(tmp_path: Path, engine: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import mphub
 from mphub import EventHub, InvalidOption, PayloadError
 from mphub.wire.frames import BLOB_MIN
+from tests.helpers import size
 from tests.procs.test_hub import lines, note
 
 pytestmark = pytest.mark.timeout(60)
@@ -25,10 +26,6 @@ ARRIVES = {"msgpack": [1, b"x"], "json": [1, "x"], "raw": b"x"}
 
 
 codecs = pytest.mark.parametrize("codec", SMALL)
-
-
-def size(payload: object) -> int:
-    return len(payload) if isinstance(payload, bytes) else len(payload[-1])  # type: ignore[index]
 
 
 @codecs

@@ -5,14 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mphub import EventHub, NoSubscriber, Subscriber
+from tests.helpers import halve
 
 pytestmark = pytest.mark.timeout(60)
-
-
-def halve(n: int) -> int:
-    if n % 2:
-        raise ValueError(f"{n} is odd")
-    return n // 2
 
 
 def test_all_that_answer_are_asked(engine: str) -> None:

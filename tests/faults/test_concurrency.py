@@ -15,7 +15,7 @@ import pytest
 
 import mphub
 from mphub import EventHub, Limits, Restart, Retry
-from tests.helpers import eventually
+from tests.helpers import eventually, let_die
 from tests.notes import lines, note
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(90)]
@@ -53,17 +53,13 @@ def test_what_was_running_runs_again_and_nothing_that_had_ended(router: str, is_
             hub.publish("k", n)
         assert eventually(lambda: sub.statistics().handled == 27)
         pids = hub.statistics().pids["router"], sub.statistics().pids[0]
-        if router == "dies first":
-            kill(pids[0])
-            hub.publish("k", 30, confirm=True)  # it is there again, and has met the process
+
+        def meet() -> None:
+            """Wait until the next router is there, and has met the process."""
+            hub.publish("k", 30, confirm=True)
             assert eventually(lambda: sub.statistics().handled == 28)
-            kill(pids[1])
-        elif router == "dies unseeing":
-            os.kill(pids[0], signal.SIGSTOP)
-            kill(pids[1])
-            kill(pids[0])
-        else:
-            kill(pids[1])
+
+        let_die(router, *pids, meet)
         statistics = hub.drain(20).subscribers
     count = 30 + (router == "dies first")
     assert Counter(lines(log)) == Counter([*(f"{n} 1" for n in range(count)), *(f"{n} 2" for n in SLOW)])

@@ -16,7 +16,7 @@ import pytest
 
 import mphub
 from mphub import EventHub, Restart, Retry
-from tests.helpers import eventually
+from tests.helpers import eventually, let_die
 from tests.notes import lines, note
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(90)]
@@ -53,17 +53,13 @@ def test_what_each_was_running_runs_again_and_nothing_that_had_ended(router: str
             hub.publish("k", n)
         assert eventually(lambda: sum(s.handled for name, s in hub.statistics().subscribers.items() if name[0] == "s") == 56)
         pids = hub.statistics().pids["router"], hub.subscription("s0").statistics().pids[0]
-        if router == "dies first":
-            kill(pids[0])
-            hub.publish("k", 10, confirm=True)  # it is there again, and has met the process
+
+        def meet() -> None:
+            """Wait until the next router is there, and has met the process."""
+            hub.publish("k", 10, confirm=True)
             assert eventually(lambda: hub.subscription("s0").statistics().handled == 11)
-            kill(pids[1])
-        elif router == "dies unseeing":
-            os.kill(pids[0], signal.SIGSTOP)
-            kill(pids[1])
-            kill(pids[0])
-        else:
-            kill(pids[1])
+
+        let_die(router, *pids, meet)
         found = hub.drain(20).subscribers
         assert other.statistics().restarts == 0
     count = 10 + (router == "dies first")

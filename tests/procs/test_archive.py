@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,9 @@ import pytest
 
 from mphub import ArchiveError, Batch, EventHub, Restart, Retry, StartFailed
 from mphub.store.archive import Entry, JsonLinesArchive, SqliteArchive
+from tests.archives import SOON, lines, rows
 
 pytestmark = pytest.mark.timeout(60)
-
-
-SOON = Batch(100, 0.02)
-
-
-def rows(path: Path) -> list[tuple[Any, ...]]:
-    with sqlite3.connect(path) as database:
-        return database.execute("SELECT id, time, key, headers, payload, data FROM events ORDER BY time, id").fetchall()
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.open()]
 
 
 @pytest.mark.procs

@@ -23,10 +23,6 @@ from tests.procs.test_hub import lines, note
 pytestmark = pytest.mark.timeout(60)
 
 
-def size(payload: object) -> int:
-    return len(payload) if isinstance(payload, bytes) else len(payload[-1])  # type: ignore[index]
-
-
 def publish_all(hub: EventHub, publisher: mphub.Publisher, queue: mphub.HubQueue) -> None:
     hub.publish("k", (1,))
     publisher.publish("k", (2,))

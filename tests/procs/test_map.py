@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mphub import EventHub, HandlerCrashed, InvalidOption, Progress, Retry, Subscription
+from tests.helpers import halve
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -24,12 +25,6 @@ def half(engine: str) -> Iterator[Subscription[int, int]]:
     found: Subscription[int, int] = hub.subscribe("half", halve, name="half")
     with hub:
         yield found
-
-
-def halve(n: int) -> int:
-    if n % 2:
-        raise ValueError(f"{n} is odd")
-    return n // 2
 
 
 def sleep_for(seconds: float) -> float:

@@ -19,6 +19,7 @@ import pytest
 from mphub import ArchiveError, EventHub, InvalidOption
 from mphub.store import archive as archives
 from mphub.store.archive import JsonLinesArchive, SqliteArchive
+from tests.archives import lines, rows
 
 
 @dataclass
@@ -30,15 +31,6 @@ class Order:
 class Strange:
     def __repr__(self) -> str:
         raise ValueError("no")
-
-
-def rows(path: Path) -> list[tuple[Any, ...]]:
-    with sqlite3.connect(path) as database:
-        return database.execute("SELECT id, time, key, headers, payload, data FROM events ORDER BY time, id").fetchall()
-
-
-def lines(*paths: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in paths for line in (gzip.open if path.suffix == ".gz" else open)(path, "rt")]
 
 
 def rotated(folder: Path) -> list[Path]:
