@@ -31,11 +31,11 @@ from mphub.errors import (
     UsageError,
     WorkError,
 )
-from mphub.events import DeadLetter, Event, EventId, Notice, Progress, Topic
+from mphub.events import DeadLetter, Event, EventId, HistoryRow, Notice, Outcome, Progress, Topic
 from mphub.executor import HubExecutor
 from mphub.hub import EventHub
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics
-from mphub.options import Batch, Inbox, Limits, Rate, Recycle, Restart, Retry, Snapshot, Stop
+from mphub.options import Batch, Inbox, Limits, Rate, Recycle, Restart, Retention, Retry, Snapshot, Stop
 from mphub.publisher import HubQueue, Publisher, Transaction
 from mphub.reply import Reply
 from mphub.results import Results
@@ -60,6 +60,7 @@ __all__ = [
     "EventId",
     "HandlerCrashed",
     "HandlerTimeout",
+    "HistoryRow",
     "HubClosed",
     "HubError",
     "HubExecutor",
@@ -76,6 +77,7 @@ __all__ = [
     "NameTaken",
     "NoSubscriber",
     "Notice",
+    "Outcome",
     "PayloadError",
     "Progress",
     "Publisher",
@@ -87,6 +89,7 @@ __all__ = [
     "Reply",
     "Restart",
     "Results",
+    "Retention",
     "Retry",
     "RetryLater",
     "Snapshot",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as WaitTimeout
 from itertools import islice
 from pathlib import Path
@@ -16,11 +17,12 @@ import msgspec
 from mphub.clock import Clock
 from mphub.connection import Address, connection_to, drop_connection
 from mphub.errors import DrainTimeout, InvalidOption, RemoteTraceback, SubscriberFatal, SubscriberPaused, load_error
-from mphub.events import DeadLetter, EventId, Progress, Topic
+from mphub.events import DeadLetter, EventId, HistoryRow, Progress, Topic
 from mphub.observe.console import Console
 from mphub.observe.progress import Watcher, watching
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics, percentiles
 from mphub.options import Stop
+from mphub.past import events_of
 from mphub.procs import boot
 from mphub.procs.client import Client
 from mphub.procs.inline import Inline
@@ -31,7 +33,7 @@ from mphub.store.blobs import Blobs
 from mphub.store.journal import Dead
 from mphub.subscribing import share_cores
 from mphub.tap import Basin, Pipe, Tap, tap_on
-from mphub.wire.frames import Extra, decoder, split
+from mphub.wire.frames import Extra, PastRow, decoder, split
 from mphub.wire.payloads import CODECS, Codec
 from mphub.wire.specs import Spec
 
@@ -42,7 +44,9 @@ SETTLED_WITHIN = 30.0
 """Seconds, beyond the stop ladder's, after which a stop does without the final figures."""
 TOLD_WITHIN = 1.0
 """Seconds that a drain or stop waits for output to be written."""
-_dead = decoder(Dead)
+AGAIN = 0.01
+"""Seconds between looks whether an inbox has room again."""
+_dead, _past = decoder(Dead), decoder(PastRow)
 
 
 class Engine(Protocol):
@@ -72,6 +76,8 @@ class Engine(Protocol):
     def dead_letters(self, name: str | None) -> list[DeadLetter]: ...
     def redrive(self, name: str | None, ids: Collection[int] | None) -> int: ...
     def purge(self, name: str | None, ids: Collection[int] | None) -> int: ...
+    def history(self, patterns: list[str], since: float, until: float) -> Iterator[HistoryRow]: ...
+    def replay(self, name: str, patterns: list[str], since: float, until: float) -> int: ...
     def check(self) -> None: ...
     def stop_subscribers(self) -> int: ...
     def close(self) -> None: ...
@@ -239,6 +245,39 @@ class ProcessEngine:
     def purge(self, name: str | None, ids: Collection[int] | None) -> int:
         return int(self.client.call("purge", name=name, ids=packed(ids)))
 
+    def history(self, patterns: list[str], since: float, until: float) -> Iterator[HistoryRow]:
+        self.connection.flush()  # what was published before is history
+        after = -1
+        while after:
+            page = self.client.call("history", patterns=patterns, since=since, until=until, after=max(0, after))
+            for row in page["rows"]:
+                yield from events_of(_past.decode(row), self.blobs, self.codec)
+            after = page["next"]
+
+    def replay(self, name: str, patterns: list[str], since: float, until: float) -> int:
+        self.connection.flush()
+        run, after, before = os.urandom(8), 0, 0
+        count = 0
+        while True:
+            step = self.client.call(
+                "replay", name=name, run=run, patterns=patterns, since=since, until=until, after=after, before=before
+            )  # fmt: skip
+            after, before = step["next"], step["before"]
+            count += int(step["count"])
+            if not after:
+                return count
+            if step["full"]:
+                self._wait_for_inbox(name)
+
+    def _wait_for_inbox(self, name: str) -> None:
+        """Wait a moment for room in an inbox.
+
+        Raises SubscriberPaused, SubscriberFatal: there will be none.
+        """
+        if (state := self.state_of(name)[0]) in ("FATAL", "STOPPED", "PAUSED"):
+            raise stuck_error(name, state)
+        time.sleep(AGAIN)
+
     def check(self) -> None:
         """Raise HubFailed or HubClosed if the hub's processes are over."""
         self.client.check()
@@ -339,6 +378,12 @@ class LocalEngine:
     def purge(self, name: str | None, ids: Collection[int] | None) -> int:
         check_ids(ids)
         return self.local.look(lambda: self.local.exchange.letters.purge(name, None if ids is None else set(ids)))
+
+    def history(self, patterns: list[str], since: float, until: float) -> Iterator[HistoryRow]:
+        return iter(())  # which a hub in memory has none of
+
+    def replay(self, name: str, patterns: list[str], since: float, until: float) -> int:
+        return 0
 
     def stop_subscribers(self) -> int:
         return self.local.stop()

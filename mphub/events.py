@@ -115,6 +115,47 @@ class DeadLetter:
 
 
 @dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an event for one subscriber; of one that had it several times (redriven, replayed) the last time counts."""
+
+    state: str
+    """waiting (or running), handled, dead, dropped."""
+    reason: str = ""
+    """Why it is dead or dropped: exception, crash, overflow, expired, ..."""
+    attempts: int = 0
+    duration: float = 0.0
+    """Seconds that handling it took, on average of those that were reported together; 0 if that is not known."""
+    at: float | None = None
+    """When it ended: seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class HistoryRow:
+    """An event of the past, and what became of it. Its payload is decoded when looked at."""
+
+    id: EventId
+    key: str
+    ordering_key: str | None
+    priority: int
+    headers: dict[str, str]
+    published_at: float
+    """Seconds since the epoch, by the publisher's clock."""
+    accepted_at: float
+    """Seconds since the epoch, by the router's; ``since`` and ``until`` mean this."""
+    outcomes: dict[str, Outcome]
+    """By the names of the subscribers that it was for."""
+    _read: Callable[[], Any] = field(repr=False, compare=False)
+
+    @property
+    def payload(self) -> Any:
+        """The payload.
+
+        Raises PayloadError: it was large, and has been let go since.
+        """
+        return self._read()
+
+
+@dataclass(frozen=True, slots=True)
 class Notice:
     """Something that whoever operates a hub wants to know."""
 

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from os import getpid
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -35,7 +36,7 @@ from mphub.errors import (
     NoSubscriber,
     StartFailed,
 )
-from mphub.events import DeadLetter, EventId, Notice, Topic, str_of
+from mphub.events import DeadLetter, EventId, HistoryRow, Notice, Topic, str_of
 from mphub.executor import HubExecutor
 from mphub.executor import run as run_call
 from mphub.observe import html
@@ -49,6 +50,7 @@ from mphub.options import (
     Rate,
     Recycle,
     Restart,
+    Retention,
     Retry,
     Snapshot,
     Stop,
@@ -58,6 +60,7 @@ from mphub.options import (
     parse_share,
     refuse_unavailable,
 )
+from mphub.past import Moment, span_of
 from mphub.procs import boot
 from mphub.procs.exchange import ADMIT
 from mphub.publisher import HubQueue, Publisher, Transaction
@@ -126,7 +129,7 @@ class EventHub:
     ``ignore`` for events that nobody subscribes to. check: leaving ``with`` raises DeadLettersLeft. propagate: inline publishes raise the
     handler's exception (default there). initializer: called without arguments in each subscriber's process before its handler is loaded;
     with the other engines at each start. codec: how payloads and results travel: ``pickle`` (any Python object), ``msgpack``, ``json``
-    or ``raw`` (bytes).
+    or ``raw`` (bytes). retention: how much history a durable hub keeps, for ``history``, ``replay`` and ``start="earliest"``.
     """
 
     def __init__(
@@ -143,16 +146,20 @@ class EventHub:
         codec: str = "pickle",
         initializer: Callable[[], object] | None = None,
         durability: str = "process",
-        retention: None = None,
+        retention: Retention | None = None,
         notify: Sequence[str] = (),
         dashboard: None = None,
     ) -> None:
-        refuse_unavailable(retention=(retention, None), notify=(notify or (), ()), dashboard=(dashboard, None))
-        check_types(stop=(stop, Stop), check=(check, bool), propagate=(propagate, bool | None))
+        refuse_unavailable(notify=(notify or (), ()), dashboard=(dashboard, None))
+        check_types(
+            stop=(stop, Stop), check=(check, bool), propagate=(propagate, bool | None), retention=(retention, Retention | None)
+        )  # fmt: skip
         check_choice("EventHub", "engine", engine, ("process", "thread", "inline"))
         check_choice("EventHub", "codec", codec, tuple(CODECS))
         check_choice("EventHub", "durability", durability, ("process", "power"))
         self._durable = durable_path(path, engine, durability)
+        if retention is not None and self._durable is None:
+            raise InvalidOption(f"EventHub(retention): got {retention!r} without a path, a hub in memory; expected EventHub('folder', ...)")
         if initializer is not None and not callable(initializer):
             raise InvalidOption(f"EventHub(initializer): got {initializer!r:.60}; expected a function without arguments")
         check_choice("EventHub", "unmatched", unmatched, ("warn", "ignore"))
@@ -170,6 +177,7 @@ class EventHub:
         self._power = durability == "power"
         self._capacity = boot.capacity(parent) if self._durable is None else boot.capacity(self._durable, durable=True)
         self._max_bytes = parse_share(max_bytes, self._capacity)
+        self._retention = retention and in_bytes(retention, self._capacity)
         self._propagate = engine == "inline" if propagate is None else propagate
         folder = parent / f"mphub-{os.getuid()}-{os.urandom(4).hex()}"
         born, largest = psutil.Process().create_time(), int(self._max_bytes * ADMIT)
@@ -268,7 +276,7 @@ class EventHub:
         if self._kind == "thread":
             return ThreadEngine(self._address, self._max_bytes, self._stop, self._console)
         ask, term, run, keep = self._stop.ask, self._stop.term, os.urandom(16), self._durable is not None
-        charter = boot.charter(self._address, self._max_bytes, ask, term, run=run, keep=keep, power=self._power)
+        charter = boot.charter(self._address, self._max_bytes, ask, term, run=run, keep=keep, power=self._power, retention=self._retention)
         return ProcessEngine(charter, self._durable, self._stop, self._console)
 
     def _wait_all(self, timeout: float | None) -> None:
@@ -467,9 +475,12 @@ class EventHub:
         """Let a handler have the events of some keys or patterns; on a running hub return when the router has it.
 
         ``replace``: take the place of the subscriber of the same name, whose waiting events stay; the default in an interactive session.
+        ``start``: a new name of a durable hub begins with ``new`` events, or with the ``earliest`` that its history has.
         Raises InvalidKey, InvalidOption, PayloadError (the handler cannot be pickled), NameTaken.
         """
-        refuse_unavailable(start=(start, "new"))
+        check_choice("subscribe", "start", start, ("new", "earliest"))
+        if start == "earliest":
+            self._must_keep_history("start='earliest'")
         check_types(
             rate=(rate, Rate | None), recycle=(recycle, Recycle), inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool),
             ordered=(ordered, bool), batch=(batch, Batch | None),
@@ -484,7 +495,7 @@ class EventHub:
             )
             spec = make_spec(
                 keys, handler, free, to, retry, restart, inbox, limits, snapshot, replicas, env, self._packed_initializer, where,
-                ordered, rate, recycle, batch, concurrency, process if self._kind == "process" else None,
+                ordered, rate, recycle, batch, concurrency, process if self._kind == "process" else None, start,
             )  # fmt: skip
             subscription: Subscription[Any, Any] = Subscription(self, spec, handler)
             self._refuse_leaving(spec.name)
@@ -776,6 +787,30 @@ class EventHub:
         """Drop dead letters, counted as ``purged``; return how many."""
         return self._running("purge").purge(self._known(name), ids)
 
+    def history(
+        self, keys: Names | Topic[Any] = ">", since: Moment = None, until: Moment = None, limit: int | None = None
+    ) -> Iterator[HistoryRow]:
+        """Yield the events under some keys or patterns that were accepted from ``since`` on and before ``until`` (seconds since the epoch,
+        or a datetime), oldest first, at most ``limit``, each with what became of it by now. They are read while you go on.
+
+        Raises InvalidKey, InvalidOption: among others if this hub keeps no history (``retention``).
+        """
+        self._must_keep_history("history()")
+        patterns, times = patterns_of(keys), span_of(since, until)
+        if limit is not None:
+            check_number("history", "limit", limit, 0, whole=True)
+        return islice(self._running("history").history(patterns, *times), limit)
+
+    def _replay(self, name: str, keys: Names | Topic[Any], since: Moment, until: Moment) -> int:
+        self._must_keep_history("replay()")
+        return self._running("replay").replay(name, patterns_of(keys), *span_of(since, until))
+
+    def _must_keep_history(self, what: str) -> None:
+        if self._retention is None:
+            raise InvalidOption(
+                f"{what}: this hub keeps no history; expected a durable one that does: EventHub('folder', retention=Retention())"
+            )
+
     def forget(self, name: str) -> None:
         """Drop what waits in a durable hub for a name that nobody has subscribed in this run, counted as ``forgotten``, and the name.
 
@@ -967,6 +1002,11 @@ def durable_path(path: str | os.PathLike[str] | None, engine: str, durability: s
     if engine != "process":
         raise InvalidOption(f"EventHub(path): got {str(path)!r} with engine={engine!r}, which keeps events in memory; use engine='process'")
     return Path(path).absolute()
+
+
+def in_bytes(retention: Retention, total: int) -> Retention:
+    """Return it with bytes in place of a percentage."""
+    return msgspec.structs.replace(retention, max_bytes=parse_share(retention.max_bytes, total, "Retention(max_bytes)"))
 
 
 def default_name() -> str:

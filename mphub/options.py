@@ -236,6 +236,21 @@ class Stop(msgspec.Struct, frozen=True):
         check_number("Stop", "term", self.term, 0)
 
 
+class Retention(msgspec.Struct, frozen=True):
+    """How much history a durable hub keeps: what is older than ``max_age`` seconds goes, and of more than ``max_bytes`` the oldest.
+
+    ``max_bytes`` is a size, or a percentage of the disk; the hub's own ``max_bytes``, of what is unfinished, comes on top.
+    """
+
+    max_age: float | None = None
+    max_bytes: int | str = "25%"
+
+    def __post_init__(self) -> None:
+        if self.max_age is not None:
+            check_number("Retention", "max_age", self.max_age, 0, above=True)
+        msgspec.structs.force_setattr(self, "max_bytes", check_share(self.max_bytes, "Retention(max_bytes)"))
+
+
 class Rate(msgspec.Struct, frozen=True):
     """At most ``count`` events start in any ``per`` seconds; what exceeds that waits, or is dropped on arrival, counted as ``rate``."""
 

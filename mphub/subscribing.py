@@ -72,7 +72,7 @@ def make_spec(
     keys: str | Topic[Any] | Sequence[str | Topic[Any]], handler: Handler, name: str, to: str | Topic[Any] | None,
     retry: Retry, restart: Restart, inbox: Inbox, limits: Limits, snapshot: Snapshot | None, replicas: int | str,
     env: Mapping[str, str] | None, initializer: bytes, where: Where, ordered: bool, rate: Rate | None, recycle: Recycle,
-    batch: Batch | None, concurrency: int, process: str | None,
+    batch: Batch | None, concurrency: int, process: str | None, start: str,
 ) -> Spec:  # fmt: skip
     """Check a subscription and pickle its handler.
 
@@ -99,7 +99,7 @@ def make_spec(
         inbox=inbox, limits=limits, restart=restart, max_attempts=retry.max_attempts,
         snapshot=saves, answers=True if cls is None else cls.answers,
         replicas=replicas_of(replicas), ordered=ordered, rate=rate, batch=batch, concurrency=concurrency,
-        recycle=in_bytes(recycle),
+        recycle=in_bytes(recycle), start=start,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from mphub.events import DeadLetter, Topic
 from mphub.observe import html
 from mphub.observe.progress import Watcher
 from mphub.observe.statistics import SubscriberStatistics
+from mphub.past import Moment
 from mphub.reply import Reply
 from mphub.results import AHEAD, Results
 from mphub.subscribing import patterns_of, replicas_of
@@ -118,6 +119,15 @@ class Subscription(Generic[T, R]):
 
     def dead_letters(self) -> list[DeadLetter]:
         return self._hub.dead_letters(self.name)
+
+    def replay(self, keys: str | Topic[Any] | Sequence[str | Topic[Any]] = ">", since: Moment = None, until: Moment = None) -> int:
+        """Let it have events of the past again that are for it, under some keys and accepted from ``since`` on and before ``until``
+        (seconds since the epoch, or a datetime); return how many.
+
+        Nobody else gets them. Waits while its inbox is full. A delay, a time to expire and a priority do not hold any more.
+        Raises InvalidKey, InvalidOption (this hub keeps no history), SubscriberPaused, SubscriberFatal (its inbox is full).
+        """
+        return self._hub._replay(self.name, keys, since, until)
 
     def redrive(self, ids: Collection[int] | None = None) -> int:
         """Let its dead letters (or those of some ids) wait again; return how many."""

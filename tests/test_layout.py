@@ -17,7 +17,7 @@ LAYERS = (
     {"wire", "core"},
     {"store"},
     {"observe"},
-    {"publisher", "subscriber", "reply", "results", "reader", "connection", "tap"},
+    {"publisher", "subscriber", "reply", "results", "reader", "connection", "tap", "past"},
     {"procs"},
     {"hub", "engine", "executor", "registry", "subscribing", "subscription"},
     {"cli", "ext", "testing", "store.archive"},  # a subscriber like any user's, though it stands in store/ as what is kept

@@ -164,10 +164,9 @@ def test_a_wrong_option_of_a_hub_is_named(options: dict[str, Any]) -> None:
 
 
 def test_options_of_later_versions_are_refused_by_name() -> None:
-    hub = EventHub()
     calls: dict[str, Callable[..., object]] = {
-        "retention": lambda: EventHub(retention=1),  # type: ignore[arg-type]
-        "start": lambda: hub.subscribe("k", len, start="all"),
+        "notify": lambda: EventHub(notify=["mailto:me"]),
+        "dashboard": lambda: EventHub(dashboard=1),  # type: ignore[arg-type]
     }
     for name, call in calls.items():
         with pytest.raises(mphub.InvalidOption, match=f"{name}.*this version has only"):

@@ -9,6 +9,8 @@ from mphub.wire.frames import Batch, Extra, join, split
 
 Head = tuple[int, str, float, dict[str, str] | None]
 """Of an event: its id, its key, when it was published, its headers."""
+Place = tuple[int, int]
+"""Where history has an event: (row, index)."""
 ROW = 200
 """Bytes of a row beside its events: header, key, its places in the books."""
 
@@ -16,9 +18,11 @@ ROW = 200
 class Row:
     """A row that somebody's window holds; ``header`` is its publisher's, ready to be passed on."""
 
-    __slots__ = ("__weakref__", "_events", "batch", "body", "count", "epoch", "header", "id", "single")
+    __slots__ = ("__weakref__", "_events", "batch", "body", "count", "epoch", "header", "id", "origin", "single")
 
-    def __init__(self, number: int, epoch: int, batch: Batch, header: bytes, body: bytes, *, single: bool = False) -> None:
+    def __init__(
+        self, number: int, epoch: int, batch: Batch, header: bytes, body: bytes, *, single: bool = False, origin: Place | None = None
+    ) -> None:
         self.id, self.epoch, self.batch, self.header, self.body, self.single = (
             number,
             epoch,
@@ -28,7 +32,13 @@ class Row:
             single,
         )
         self.count = batch.count
+        self.origin = (number, 0) if origin is None else origin
         self._events: list[bytes] | None = None
+
+    def place(self, index: int) -> Place:
+        """Return where history has an event."""
+        row, first = self.origin
+        return row, first + index
 
     def picked(self, spans: list[tuple[int, int]]) -> bytes:
         """Return a body with these events: the row's own if that is all of them."""

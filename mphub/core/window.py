@@ -9,7 +9,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from mphub.core.crowds import Pairs
-from mphub.core.rows import Row
+from mphub.core.rows import Place, Row
 from mphub.core.spans import Spans, contains, first_of, indexes, length, spans_of, subtract
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ class Portion:
     def of_events(self, events: list[int]) -> list[int]:
         """Return the indexes of some events."""
         return events if self.pairs is None else self.pairs.of_events(events)
+
+    def place_of(self, index: int) -> Place:
+        """Return where history has an event."""
+        return self.row.place(self.event(index))
 
     @property
     def count(self) -> int:

@@ -21,6 +21,7 @@ import psutil
 
 from mphub.connection import Address
 from mphub.errors import HubExists, StartFailed
+from mphub.options import Retention
 from mphub.procs import fork
 from mphub.store.folder import PARTS, DurableFolder
 from mphub.store.journal import lock_file
@@ -52,12 +53,16 @@ class Charter(msgspec.Struct, frozen=True):
     """What waits outlives the run."""
     power: bool = False
     """Each commit is on the disk before it counts."""
+    retention: Retention | None = None
+    """How much history it keeps."""
 
 
-def charter(address: Address, max_bytes: int, ask: float, term: float, *, run: bytes, keep: bool, power: bool) -> Charter:
+def charter(
+    address: Address, max_bytes: int, ask: float, term: float, *, run: bytes, keep: bool, power: bool, retention: Retention | None = None
+) -> Charter:
     """Make a charter in which this process is the hub's."""
     pid = os.getpid()
-    return Charter(address, pid, fork.start_ticks(pid), max_bytes, ask, term, run, keep, power)
+    return Charter(address, pid, fork.start_ticks(pid), max_bytes, ask, term, run, keep, power, retention)
 
 
 def runtime_parent() -> tuple[Path, bool]:

@@ -20,17 +20,20 @@ from mphub.core.delivery import Range, Verdict, parts_within
 from mphub.core.keys import nearest
 from mphub.core.order import ordering_key
 from mphub.core.rate import Quota
-from mphub.core.rows import Row, part_of, share
+from mphub.core.rows import Place, Row, part_of, share
 from mphub.core.spans import Spans, contains, first_of, indexes, length, spans_of, subtract
 from mphub.core.table import RoutingTable
 from mphub.core.window import Portion
 from mphub.errors import JournalError
 from mphub.observe.limiter import Limiter
+from mphub.options import Retention
 from mphub.procs.consumer import Consumer
+from mphub.procs.history import History
 from mphub.procs.hosts import Host, Member, Target, crowds_of, each_of, portions_of
 from mphub.procs.letters import Cause, Letters
 from mphub.procs.mailbox import ABSENT, LASTING, Mailbox, event_id, hex_id
 from mphub.procs.recovery import recover
+from mphub.procs.replays import Replays
 from mphub.procs.room import Room
 from mphub.procs.sharing import Sharing
 from mphub.procs.taps import Taps
@@ -83,7 +86,9 @@ class News:
 class Exchange:
     """All subscribers' mailboxes over one journal. Every call but the queries belongs inside ``turn``."""
 
-    def __init__(self, journal: Keeper, blobs: Blobs, max_bytes: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, journal: Keeper, blobs: Blobs, max_bytes: int, clock: Callable[[], float], retention: Retention | None = None
+    ) -> None:
         self.clock = clock
         self.journal, self.blobs, self.max_bytes = journal, blobs, max_bytes
         self.references = References(blobs, synced=journal.synced)
@@ -111,6 +116,7 @@ class Exchange:
         self.told: int | None = None
         """The delivery number of the failure in the report at hand that is raised to its caller (inline)."""
         self.letters, self.room, self.withdrawals, self.taps = Letters(self), Room(self), Withdrawals(self), Taps()
+        self.history, self.replays = History(self, retention), Replays(self)
         self.next_row = 1
         self.left: dict[int, int] = {}
         self._rows: WeakValueDictionary[int, Row] = WeakValueDictionary()
@@ -142,6 +148,7 @@ class Exchange:
         if lacks_room:
             self.room.relieve()
         self._write_dirty()
+        self.history.write()
         if lacks_room:
             self.room.compact()
         if self.references.ended:  # for a router that dies before it has removed them
@@ -193,7 +200,7 @@ class Exchange:
         """Keep how often an event in a row of its own has been tried."""
         row = portion.row
         if portion.todo:
-            single = Single(row.epoch, row.batch, row.body, portion.attempts.get(0, 1), 0.0)
+            single = Single(row.epoch, row.batch, row.body, portion.attempts.get(0, 1), 0.0, row.origin)
             self.journal.put("singles", single_key(box, row.id), encode(single))
 
     def touch(self, box: Mailbox) -> dict[int, Portion]:
@@ -207,6 +214,7 @@ class Exchange:
     def subscribe(self, spec: Spec) -> None:
         """Take in a subscription; the same name again replaces its options and keeps its events."""
         old = self.boxes.get(spec.name)
+        is_new = old is None or old.gone
         if old is not None:
             self.table.remove(old)
             if old.spec.handler_blob != spec.handler_blob:  # else the call is repeated
@@ -224,6 +232,8 @@ class Exchange:
             self.table.add(pattern, box)
         self.journal.put("subscribers", b"d" + spec.name.encode(), encode(spec))
         self.journal.delete("subscribers", b"u" + spec.name.encode())
+        if is_new and spec.start == "earliest":
+            self.replays.begin(box)
         self.touch(box)
 
     def begin_run(self, run: bytes) -> None:
@@ -260,6 +270,7 @@ class Exchange:
 
     def drop_pending(self, box: Mailbox, reason: str) -> int:
         """Drop everything that waits, counted; requests end with Dropped."""
+        self.replays.end(box)
         dropped = 0
         while box.has_waiting or box.delayed:
             self._load_delayed(box, inf)
@@ -273,6 +284,7 @@ class Exchange:
         if portion.row.batch.reply:
             self._answer_all(portion, spans, "dropped", encode(reason))
         box.note_dropped(portion, spans, reason)
+        self.history.ended(box, portion, spans, "dropped", reason)
         self.settle(box, portion, spans)
         return count
 
@@ -303,6 +315,7 @@ class Exchange:
 
     def _refuse_request(self, box: Mailbox, portion: Portion, spans: Spans) -> None:
         who = box.who(portion, spans[0][0])
+        self.history.ended(who, portion, spans, "dead", "fatal")
         self._answer_all(portion, spans, "fatal", encode((who.name, who.condition)))
         who.counters.dead += length(spans)
 
@@ -356,12 +369,20 @@ class Exchange:
         if self.taps.listeners:
             self.taps.note(batch, header, body)
         self.references.hold(batch.blob)
+        if self.history.retention is not None:
+            self.history.keep(row, matched)
         taken = {box: portion for box, portion in portions_of(row, matched) if self._admit(box, portion)}
         if batch.extras is not None and (apart := set_apart(batch.extras, self.clock())):
             taken = {box: portion for box, portion in taken.items() if self._set_apart(box, portion, apart)}
         if taken:
-            self._store(row, taken)
+            self.store(row, taken)
         self.references.drop(batch.blob)
+
+    def wait_apart(self, box: Mailbox, portion: Portion) -> bool:
+        """Let those events of a portion wait in rows of their own that are to; say whether there are others."""
+        extras = portion.row.batch.extras
+        apart = set_apart(extras, self.clock()) if extras is not None else None
+        return not apart or self._set_apart(box, portion, apart)
 
     def _set_apart(self, box: Mailbox, portion: Portion, apart: dict[int, float]) -> bool:
         """Let events wait in rows of their own for their time, or by their priority; say whether there are others."""
@@ -371,7 +392,8 @@ class Exchange:
             if not due[index]:
                 batch, body = self.cut_out(box, portion, index)
                 box.account_apart(portion, index, share(batch))
-                box.wait_by_rank(batch, self.make_single(box, batch, body, portion.row.epoch, 1, 0.0))
+                single = self.make_single(box, batch, body, portion.row.epoch, 1, 0.0, portion.place_of(index))
+                box.wait_by_rank(batch, single)
         self._drop_excess(box)
         self.touch(box)
         portion.todo = subtract(portion.todo, spans_of(sorted(due)))
@@ -385,11 +407,13 @@ class Exchange:
         for index in late:
             batch, body = self.cut_out(box, portion, index)
             box.account_apart(portion, index, share(batch))
-            self._wait_until(box, batch, body, portion.row.epoch, 1, due[index])
+            self._wait_until(box, batch, body, portion.row.epoch, 1, due[index], portion.place_of(index))
 
-    def _store(self, row: Row, taken: dict[Mailbox, Portion]) -> None:
+    def store(self, row: Row, taken: dict[Mailbox, Portion], origin: int = 0) -> None:
+        """Keep a row for those that it is for; ``origin``: the row of history that it repeats."""
         matched = {box.number: None if portion.is_whole else portion.todo for box, portion in taken.items()}
-        stored = encode((row.epoch, msgspec.Raw(row.header), matched, row.body, *crowds_of(taken)))
+        rest = ({}, origin) if origin else crowds_of(taken)
+        stored = encode((row.epoch, msgspec.Raw(row.header), matched, row.body, *rest))
         self.journal.append("rows", row.id.to_bytes(8, "big"), stored)
         self._rows[row.id] = row
         self.left[row.id] = len(taken)
@@ -507,6 +531,7 @@ class Exchange:
         """Drop new events."""
         self.touch(box)
         box.note_refused(portion, spans)
+        self.history.ended(box, portion, spans, "dropped", reason)
         if portion.row.batch.reply:
             self._answer_all(portion, spans, "dropped", encode(reason))
         box.note_dropped(portion, spans, reason)
@@ -515,11 +540,15 @@ class Exchange:
         for index in indexes(spans):
             self.letters.answer(portion, index, outcome, body)
 
-    def _deliver_to(self, box: Mailbox, portion: Portion) -> None:
+    def enter(self, box: Mailbox, portion: Portion) -> None:
+        """Enter new events in a subscriber's books."""
         box.account(portion)
         self.touch(box)
         if box.overflow == "latest":
             self.withdrawals.replace(box, portion)
+
+    def _deliver_to(self, box: Mailbox, portion: Portion) -> None:
+        self.enter(box, portion)
         box.enqueue(portion)
         self._drop_excess(box)
 
@@ -562,8 +591,10 @@ class Exchange:
             self.letters.reply(reply)
         if report.snapshot is not None or report.snapshot_blob is not None:
             self.letters.keep_snapshot(consumer.snapshot_key, report.snapshot or b"", report.snapshot_blob)
+        seconds = report.seconds / report.ran if report.ran else 0.0
         for portion, spans in finished:
             box.note_handled(portion, spans)
+            self.history.ended(box, portion, spans, "handled", seconds=seconds)
             self.settle(box, portion, spans)
         for portion, index in filtered.values():
             self.drop(box, portion, [(index, index + 1)], "filtered")
@@ -605,15 +636,15 @@ class Exchange:
     def _postpone(self, box: Mailbox, portion: Portion, index: int, attempt: int, due: float) -> None:
         """Cut one event out into a row of its own that waits for its time."""
         batch, body = self.cut_out(box, portion, index)
-        self._wait_until(box, batch, body, portion.row.epoch, attempt, due)
+        self._wait_until(box, batch, body, portion.row.epoch, attempt, due, portion.place_of(index))
         if box.window.order is not None:
             box.window.order.retry(ordering_key(batch, 0))
         box.bytes += share(batch) - portion.size
         portion.finish([(index, index + 1)])
         self._close_if_done(box, portion)
 
-    def _wait_until(self, box: Mailbox, batch: Batch, body: bytes, epoch: int, attempt: int, due: float) -> None:
-        heapq.heappush(box.delayed, (due, self.make_single(box, batch, body, epoch, attempt, due), event_id(batch)))
+    def _wait_until(self, box: Mailbox, batch: Batch, body: bytes, epoch: int, attempt: int, due: float, place: Place) -> None:
+        heapq.heappush(box.delayed, (due, self.make_single(box, batch, body, epoch, attempt, due, place), event_id(batch)))
 
     def cut_out(self, box: Mailbox, portion: Portion, index: int) -> tuple[Batch, bytes]:
         """Return one event alone: (header, an array of its pickle, empty if that is a blob)."""
@@ -630,10 +661,10 @@ class Exchange:
         data, blob = self.blobs.spill(bytes(events[index]))
         return part_of(row.batch, index, index + 1, len(events[index]), blob), join([data]) if blob is None else b""
 
-    def make_single(self, box: Mailbox, batch: Batch, body: bytes, epoch: int, attempt: int, due: float) -> int:
+    def make_single(self, box: Mailbox, batch: Batch, body: bytes, epoch: int, attempt: int, due: float, place: Place) -> int:
         number = self.next_row
         self.next_row += 1
-        self.journal.put("singles", single_key(box, number), encode(Single(epoch, batch, body, attempt, due)))
+        self.journal.put("singles", single_key(box, number), encode(Single(epoch, batch, body, attempt, due, place)))
         self.references.hold_for(number, batch.blob)
         return number
 
@@ -647,6 +678,7 @@ class Exchange:
         box = consumer.box
         for portion, spans in verdict.finished:
             box.note_handled(portion, spans)
+            self.history.ended(box, portion, spans, "handled")
             self.settle(box, portion, spans)
         for portion, spans in verdict.filtered:
             self.drop(box, portion, spans, "filtered")
@@ -702,9 +734,10 @@ class Exchange:
 
     def next_due(self) -> float | None:
         """Return when there is something to do though nothing arrives: seconds since the epoch."""
-        if self.room.is_busy:
+        if self.room.is_busy or self.replays.is_busy:
             return 0.0
         first = min((box.due for box in self.boxes.values()), default=inf)
+        first = min(first, self.history.due)
         return first if first != inf else None
 
     def is_due(self, now: float) -> bool:
@@ -713,6 +746,7 @@ class Exchange:
 
     def wake(self, now: float) -> None:
         """Put delayed events whose time has come to the front of their inboxes, and drop what is too late to start."""
+        self.replays.go_on()
         for box in self.boxes.values():
             if box.is_absent and box.ends_at <= now:
                 self._give_up(box)
@@ -784,6 +818,8 @@ class Exchange:
         """Read on where the window ends, at any rate to row ``least``; what has become too late meanwhile makes room for more."""
         while box.tail is not None:
             self._load_more(box, box.tail, least)
+            if box.tail is not None and box.tail == box.state.behind and self.replays.bring(box):
+                continue  # with what came since it began
             if not self._expire(box, self.clock()):
                 break
         self.load_ranked(box)
@@ -791,11 +827,13 @@ class Exchange:
     def _load_more(self, box: Mailbox, tail: int, least: int) -> None:
         for key, value in self.journal.scan("rows", tail.to_bytes(8, "big")):
             number = int.from_bytes(key, "big")
+            if box.state.behind and number >= box.state.behind:
+                break
             if number > least and not box.wants_more():
                 box.tail = number
                 return
             self.load_row(box, number, _stored.decode(value))
-        box.tail = None
+        box.tail = box.state.behind or None
 
     def portion_of(self, box: Mailbox, number: int) -> Portion | None:
         """Return what is unfinished of a row that is not in the window, if it is for that subscriber."""
@@ -813,15 +851,19 @@ class Exchange:
         touched = self._dirty.get(box, {}).get(number)
         if touched is not None:  # of this turn, and not in the journal yet
             return touched
-        row = self._rows.get(number)
-        if row is None:
-            row = Row(number, stored.epoch, stored.batch, encode(stored.batch), stored.body)
-            self._rows[number] = row
-        portion = box.portion(row, stored)
+        portion = box.portion(self.row_of(number, stored), stored)
         if number in box.noted and (value := self.journal.get("progress", progress_key(box, number))) is not None:
             known = _progress.decode(value)
             portion.todo, portion.attempts = list(known.todo), dict(known.attempts)
         return portion
+
+    def row_of(self, number: int, stored: Stored) -> Row:
+        """Return a row as it is in memory."""
+        row = self._rows.get(number)
+        if row is None:
+            origin = (stored.origin or number, 0)
+            row = self._rows[number] = Row(number, stored.epoch, stored.batch, encode(stored.batch), stored.body, origin=origin)
+        return row
 
     def replace_body(self, number: int, body: bytes) -> None:
         """Follow a row whose finished events have been blanked."""
@@ -886,6 +928,7 @@ class Exchange:
     def left_until(self, epoch: int) -> dict[str, int]:
         """Return, by subscriber, the unfinished events of an epoch and older ones; who is not there has all the time."""
         counts = [box.left_until(epoch) for box in self.boxes.values() if not box.is_absent]
+        counts += [{box.name: box.unfinished + 1} for box in self.replays.behind if not box.is_absent]
         return {name: count for each in counts for name, count in each.items() if count}
 
     def held_patterns(self) -> list[str]:

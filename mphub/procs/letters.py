@@ -90,7 +90,7 @@ class Letters:
             self._keep(
                 Dead(
                     who.name, batch, body, reason, attempts, self.exchange.clock(), error,
-                    cause.traceback, cause.exit, cause.pid, cause.rss, cause.stderr, told,
+                    cause.traceback, cause.exit, cause.pid, cause.rss, cause.stderr, told, None, portion.place_of(index),
                 )
             )  # fmt: skip
             event = portion.event(index)
@@ -98,6 +98,7 @@ class Letters:
                 "dead_letter", who.name, reason, key=row.batch.key(event), id=hex_id(row.batch, event), attempts=attempts
             )  # fmt: skip
         who.counters.dead += 1
+        self.exchange.history.ended(who, portion, [(index, index + 1)], "dead", reason, attempts=attempts)
 
     def bury_untried(self, box: Mailbox, portion: Portion, spans: Spans, reason: str) -> None:
         """Enter events that nobody has tried as dead letters, those of one frame as one row: a flood of them must cost little."""
@@ -107,9 +108,11 @@ class Letters:
                 self._enter(box, portion, index, reason, 0)
             return
         for a, b, body in self._groups(row, spans):
-            self._keep(Dead(box.name, part_of(row.batch, a, b, len(body)), body, reason, 0, self.exchange.clock()))
+            part = part_of(row.batch, a, b, len(body))
+            self._keep(Dead(box.name, part, body, reason, 0, self.exchange.clock(), origin=portion.place_of(a)))
             self.exchange.tell("dead_letter", box.name, reason, b - a, key=row.batch.key(a), id=hex_id(row.batch, a), attempts=0)
         box.counters.dead += length(spans)
+        self.exchange.history.ended(box, portion, spans, "dead", reason)
 
     def _groups(self, row: Row, spans: Spans) -> Iterator[tuple[int, int, bytes]]:
         """Yield events of a row by groups that a row takes: (first, behind the last, an array of their pickles)."""
@@ -142,8 +145,7 @@ class Letters:
     def _give_way(self) -> bool:
         """Drop the oldest dead letters, counted."""
         for key, dead, spans in self._scan(None, None):
-            who = self._remove(key, dead, spans)
-            who.counters.drop("dead_letters_full", length(spans))
+            who = self._drop(key, dead, spans, "dead_letters_full")
             self.exchange.tell(
                 "dead_letters_full",
                 who.name,
@@ -151,6 +153,13 @@ class Letters:
             )
             return True
         return False
+
+    def _drop(self, key: bytes, dead: Dead, spans: Spans, reason: str) -> Named:
+        """Drop dead letters of a row, counted; return whose they were."""
+        who = self._remove(key, dead, spans)
+        who.counters.drop(reason, length(spans))
+        self.exchange.history.ended_letters(who, dead, spans, reason)
+        return who
 
     def _remove(self, key: bytes, dead: Dead, spans: Spans) -> Named:
         """Take dead letters out of a row and off the books; return whose they were."""
@@ -205,7 +214,7 @@ class Letters:
     def _let_wait(self, box: Mailbox, dead: Dead) -> None:
         epoch = self.exchange.epoch
         batch = msgspec.structs.replace(dead.batch, extras=untimed(dead.batch.extras))
-        number = self.exchange.make_single(box, batch, dead.body, epoch, 1, 0.0)
+        number = self.exchange.make_single(box, batch, dead.body, epoch, 1, 0.0, dead.origin)
         box.counters.pending[epoch] = box.counters.pending.get(epoch, 0) + 1
         box.unfinished += 1
         box.bytes += share(dead.batch)
@@ -218,7 +227,7 @@ class Letters:
         """Drop dead letters, counted as ``purged``; return how many."""
         gone = 0
         for key, dead, spans in list(self._scan(name, ids)):
-            self._remove(key, dead, spans).counters.drop("purged", length(spans))
+            self._drop(key, dead, spans, "purged")
             gone += length(spans)
         return gone
 
@@ -290,9 +299,10 @@ def each_of(dead: Dead, spans: Spans) -> Iterator[Dead]:
     if dead.batch.count == 1:
         yield dead
         return
-    events = split(dead.body)
+    events, (row, first) = split(dead.body), dead.origin
     for i in indexes(spans):
-        yield msgspec.structs.replace(dead, batch=part_of(dead.batch, i, i + 1, len(events[i])), body=join([events[i]]), left=None)
+        batch, body = part_of(dead.batch, i, i + 1, len(events[i])), join([events[i]])
+        yield msgspec.structs.replace(dead, batch=batch, body=body, left=None, origin=(row, first + i))
 
 
 def untimed(extras: dict[int, Extra] | None) -> dict[int, Extra] | None:

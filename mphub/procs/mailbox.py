@@ -244,7 +244,7 @@ class Mailbox(Named):
 
     def single(self, number: int, single: Single) -> Portion:
         """Return an event in a row of its own."""
-        row = Row(number, single.epoch, single.batch, encode(single.batch), single.body, single=True)
+        row = Row(number, single.epoch, single.batch, encode(single.batch), single.body, single=True, origin=single.origin)
         attempts = {0: single.attempt} if single.attempt > 1 else {}
         return Portion(row, [(0, 1)], share(single.batch), attempts, single.due, rank_of(single.batch))
 

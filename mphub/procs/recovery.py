@@ -41,12 +41,14 @@ def recover(exchange: Exchange) -> None:
             load_box(exchange, spec, key[1:])
     exchange.sharing.load()
     exchange.letters.load()
+    exchange.history.load()
     progress = {box.number: load_progress(exchange, box) for box in exchange.boxes.values()}
     for key, value in exchange.journal.scan("rows"):
         load_everywhere(exchange, int.from_bytes(key, "big"), _stored.decode(value), progress)
     for box in exchange.boxes.values():
         load_singles(exchange, box)
         exchange.load_ranked(box)
+    exchange.replays.load()
     exchange.references.end_of_writer(exchange.blobs.number)  # the last router's, of what it did not commit
 
 
@@ -98,7 +100,9 @@ def load_into(exchange: Exchange, box: Mailbox, number: int, stored: Stored, pro
         portion = exchange.portion_of(box, number)
         if portion is not None:
             box.note_newest(portion)
-    if box.tail is None and box.wants_more():
+    if box.tail is None and box.state.behind and number >= box.state.behind:
+        box.tail = box.state.behind  # what is before this comes first
+    elif box.tail is None and box.wants_more():
         exchange.load_row(box, number, stored)
     elif box.tail is None:
         box.tail = number

@@ -6,6 +6,8 @@ import time
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from mphub.core.spans import Spans, contains, length
 from mphub.store.journal import Progress, Stored
 from mphub.wire.frames import decoder, encode, join, split
@@ -83,7 +85,7 @@ class Room:
         if len(stored.body) - len(body) < max(WORTH, len(value) // 2):
             return
         self.exchange.replace_body(int.from_bytes(key, "big"), body)
-        self.exchange.journal.put("rows", key, encode(Stored(stored.epoch, stored.batch, stored.matched, body)))
+        self.exchange.journal.put("rows", key, encode(msgspec.structs.replace(stored, body=body)))
 
     def _needed(self, box: Mailbox, key: bytes, stored: Stored) -> list[Spans]:
         number = int.from_bytes(key, "big")

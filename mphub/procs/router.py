@@ -97,8 +97,11 @@ class Router:
         self.door = Door(listener, self.selector, None, lambda message: self._push("log", level="error", message=message))
         self.link = Stream(link, self.door.unsent)
         self.held: list[str] = []
-        journal = Journal(folder / "journal", charter.max_bytes, self._wait_for_room, synced=charter.power)
-        self.exchange = Exchange(journal, self.blobs, charter.max_bytes, time.time)
+        kept = charter.retention
+        journal = Journal(
+            folder / "journal", charter.max_bytes, self._wait_for_room, synced=charter.power, history=int(kept.max_bytes) if kept else 0
+        )
+        self.exchange = Exchange(journal, self.blobs, charter.max_bytes, time.time, kept)
         self.selector.register(link, selectors.EVENT_READ, self.link)
         failpoints.hit("router.recovered")
         self.publishers: dict[int, PublisherPeer] = {}
@@ -756,6 +759,17 @@ class Router:
     def do_dead_letters(self, name: str | None, after: int) -> dict[str, Any]:
         letters, following = self.exchange.letters.page(name, after)
         return {"letters": letters, "next": following}
+
+    def do_history(self, patterns: list[str], since: float, until: float, after: int) -> dict[str, Any]:
+        rows, following = self.exchange.history.page(patterns, since, until, after)
+        return {"rows": rows, "next": following}
+
+    def do_replay(self, name: str, **range_: Any) -> dict[str, Any]:
+        """Let a subscriber have past events again; one that is gone meanwhile gets none."""
+        box = self.exchange.boxes.get(name)
+        if box is None or box.gone:
+            return {"count": 0, "next": 0, "full": False, "before": 0}
+        return self.exchange.replays.replay(box, **range_)
 
     def do_redrive(self, name: str | None, ids: list[bytes] | None) -> int:
         return self.exchange.letters.redrive(name, unpack_ids(ids))

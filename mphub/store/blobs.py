@@ -168,6 +168,8 @@ class References:
         self._held: dict[str, tuple[int, int]] = {}
         """name -> (references, bytes)."""
         self._of_row: dict[int, str] = {}
+        self._kept: set[str] = set()
+        """Files that history needs, whoever else does."""
         self.ended: list[str] = []
         """Files that go after the commit."""
 
@@ -201,6 +203,17 @@ class References:
             self._held[name] = (count - 1, size)
         else:
             self.bytes -= size
+            if name not in self._kept:
+                self.ended.append(name)
+
+    def keep(self, name: str) -> None:
+        """Let a file stay for history: it counts no more as used once nobody else needs it."""
+        self._kept.add(name)
+
+    def let_go(self, name: str) -> None:
+        """End what ``keep`` has begun."""
+        self._kept.discard(name)
+        if name not in self._held:
             self.ended.append(name)
 
     def end(self, name: str | None) -> None:
@@ -210,7 +223,7 @@ class References:
 
     def end_of_writer(self, writer: int) -> None:
         """Let go what a dead writer left and nothing refers to."""
-        self.ended.extend(name for name in self.blobs.of_writer(writer) if name not in self._held)
+        self.ended.extend(name for name in self.blobs.of_writer(writer) if name not in self._held and name not in self._kept)
 
     def sync(self) -> None:
         """Put on the disk what is named for the first time; to be called before the commit."""

@@ -17,6 +17,7 @@ from typing import IO, Any, Final, Protocol
 import lmdb
 import msgspec
 
+from mphub.core.rows import Place
 from mphub.errors import JournalError
 from mphub.store.blobs import sync_path
 from mphub.wire.frames import Batch
@@ -32,14 +33,27 @@ TABLES: Final = (
     "publishers",
     "frames",
     "snapshots",
+    "history",
+    "history_keys",
+    "history_names",
+    "history_ends",
+    "history_blobs",
 )
 BOOKS: Final = {"meta": b"\0m", "subscribers": b"\0s", "publishers": b"\0p", "frames": b"\0f"}
 """Tables with a row for each process or subscriber, written in every turn: small and few, they do not count as used.
 
 Their rows stand in LMDB's main database, under these prefixes: a page of that is written in every commit anyway.
 """
+HISTORY: Final = {"history", "history_keys", "history_names", "history_ends", "history_blobs"}
+"""Tables that have a bound of their own."""
+UNCOUNTED: Final = {*BOOKS, *HISTORY}
+"""Tables whose room is no part of what is used."""
 FORMAT: Final = b"1"
 SHORTAGES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}
+
+
+NO_PLACE: Final[Place] = (0, 0)
+"""The place of what history has not."""
 
 
 class Stored(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -52,6 +66,8 @@ class Stored(msgspec.Struct, array_like=True, frozen=True, gc=False):
     body: bytes
     crowds: dict[int, list[tuple[int, int, int]]] = {}
     """number of a process that several share -> (first event, end, for which of them): there the spans above are of pairs."""
+    origin: int = 0
+    """The row of history that this repeats."""
 
 
 class Single(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -62,6 +78,7 @@ class Single(msgspec.Struct, array_like=True, frozen=True, gc=False):
     body: bytes
     attempt: int
     due: float
+    origin: Place = NO_PLACE
 
 
 class Progress(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -121,6 +138,10 @@ class SubscriberState(msgspec.Struct, array_like=True, gc=False):
     """Of a subscriber with a rate: when it was given how many events."""
     absent_since: float = 0.0
     """Seconds since the epoch; of one that nobody has subscribed in this run."""
+    behind: int = 0
+    """Of one that begins with the earliest event: the row of history that is next for it; 0 once it has all of them."""
+    joined: int = 0
+    """The first row that it has from its publishers, not from history."""
 
 
 class Dead(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -144,10 +165,36 @@ class Dead(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Its failure was raised to the caller (inline), who knows."""
     left: list[tuple[int, int]] | None = None
     """Which of several are still dead letters (None: all)."""
+    origin: Place = NO_PLACE
+    """Of the first of them."""
 
     @property
     def spans(self) -> list[tuple[int, int]]:
         return self.left or [(0, self.batch.count)]
+
+
+class Past(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The events of one frame as history keeps them, whatever becomes of its row."""
+
+    at: float
+    """When they were accepted: seconds since the epoch, never less than that of the row before."""
+    epoch: int
+    batch: Batch
+    matched: dict[int, list[tuple[int, int]] | None]
+    """subscriber number -> spans of its events (None: all)."""
+    body: bytes
+
+
+class End(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How some events of a row ended for one subscriber: those from the index in its key on."""
+
+    behind: int
+    """The index behind the last of them."""
+    state: str
+    reason: str
+    attempts: int
+    seconds: float
+    at: float
 
 
 class Lasting(Protocol):
@@ -200,9 +247,10 @@ class Journal:
     """LMDB, one database per kind of row and one for all books, one transaction per turn."""
 
     def __init__(
-        self, folder: str | os.PathLike[str], max_bytes: int, wait: Callable[[], None] | None = None, *, synced: bool = False
-    ) -> None:
-        """Open a journal, or make one; ``synced``: a commit is on the disk when it returns."""
+        self, folder: str | os.PathLike[str], max_bytes: int, wait: Callable[[], None] | None = None, *, synced: bool = False,
+        history: int = 0,
+    ) -> None:  # fmt: skip
+        """Open a journal, or make one; ``synced``: a commit is on the disk when it returns; ``history``: bytes of that beside the rest."""
         self.folder, self.synced = Path(folder), synced
         self._wait = wait
         """What to do before a commit that the disk has no room for is tried again (None: raise)."""
@@ -212,7 +260,7 @@ class Journal:
         # no writemap: a full tmpfs would be a SIGBUS; no lock file: nobody else may open it
         self._env = lmdb.open(
             str(self.folder),
-            map_size=2 * max_bytes + (64 << 20),
+            map_size=2 * (max_bytes + history) + size_of(self.folder / "data.mdb") + (64 << 20),
             max_dbs=len(TABLES),
             sync=synced,
             metasync=synced,
@@ -236,7 +284,7 @@ class Journal:
                 )
             if found is None:
                 self.put("meta", b"format", FORMAT)
-            self.used = sum(on_disk(value) for name in TABLES if name not in BOOKS for _, value in self.scan(name))
+            self.used = sum(on_disk(value) for name in TABLES if name not in UNCOUNTED for _, value in self.scan(name))
 
     def turn(self) -> Turn:
         return Turn(self)
@@ -288,7 +336,8 @@ class Journal:
                 raise JournalError(f"{table} row {key!r} was not written")
         else:
             old = self._in_turn().replace(key, value, db=db)
-            self.used += on_disk(value) - (on_disk(bytes(old)) if old is not None else 0)
+            if table not in HISTORY:
+                self.used += on_disk(value) - (on_disk(bytes(old)) if old is not None else 0)
         self._changes.append((db, key, value))
 
     def append(self, table: str, key: bytes, value: bytes) -> None:
@@ -297,14 +346,15 @@ class Journal:
         if not self._in_turn().put(key, value, append=True, db=db):
             raise JournalError(f"{table} row {key!r} is not behind the last one")
         self._changes.append((db, key, value))
-        self.used += on_disk(value)
+        if table not in HISTORY:
+            self.used += on_disk(value)
 
     def delete(self, table: str, key: bytes) -> None:
         db, prefix = self._tables[table]
         old = self._in_turn().pop(prefix + key, db=db)
         if old is not None:
             self._changes.append((db, prefix + key, None))
-            self.used -= on_disk(bytes(old)) if not prefix else 0
+            self.used -= on_disk(bytes(old)) if table not in UNCOUNTED else 0
 
     def scan(self, table: str, start: bytes = b"", end: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Yield rows from ``start`` on, in order, before ``end``."""
@@ -353,13 +403,13 @@ class MemoryJournal:
     def put(self, table: str, key: bytes, value: bytes) -> None:
         self.delete(table, key)
         self._tables[table][key] = value
-        self.used += on_disk(value) if table not in BOOKS else 0
+        self.used += on_disk(value) if table not in UNCOUNTED else 0
 
     append = put
 
     def delete(self, table: str, key: bytes) -> None:
         old = self._tables[table].pop(key, None)
-        if old is not None and table not in BOOKS:
+        if old is not None and table not in UNCOUNTED:
             self.used -= on_disk(old)
 
     def scan(self, table: str, start: bytes = b"", end: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
@@ -386,6 +436,14 @@ def on_disk(value: bytes) -> int:
     """Estimate what a row takes: LMDB puts what exceeds half a page on pages of its own."""
     size = len(value)
     return size + 64 if size < 2000 else (size + 4111) // 4096 * 4096
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file that may not be there."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def lock_file(path: Path) -> IO[bytes]:

@@ -48,6 +48,19 @@ class Page(Asked, frozen=True):
     after: int
 
 
+class Looking(Asked, frozen=True):
+    patterns: Annotated[list[Key], msgspec.Meta(min_length=1)]
+    since: float
+    until: float
+    after: int
+
+
+class Replaying(Looking, frozen=True):
+    name: str
+    run: bytes
+    before: int
+
+
 class Subscribing(Asked, frozen=True):
     spec: bytes
 
@@ -64,6 +77,7 @@ CALLS: Final[dict[str, type[Asked]]] = {
     "pause": Named, "resume": Named, "scale": Scaling, "set_keys": Keying, "cancel": Cancelling,
     "host": Subscribing, "join": Subscribing, "leave": Named, "set_member": Setting, "rekey": Keying,
     "states": Asked, "statistics": Asked, "drain": Asked, "dead_letters": Page, "redrive": Chosen, "purge": Chosen,
+    "history": Looking, "replay": Replaying,
     "stop_subscribers": Asked, "close": Asked,
 }  # fmt: skip
 _spec = decoder(Spec)

@@ -328,6 +328,35 @@ class TappedRaw(Wire, frozen=True):
     blob: str | None = None
 
 
+class EndOf(Wire, frozen=True):
+    """How some events of a row ended for a subscriber."""
+
+    subscriber: str
+    first: int
+    behind: int
+    """The index behind the last of them."""
+    state: str
+    reason: str
+    attempts: int
+    seconds: float
+    at: float
+
+
+class PastRow(Wire, frozen=True):
+    """Events of one frame as history has them."""
+
+    number: int
+    at: float
+    batch: Batch
+    spans: list[tuple[int, int]]
+    """Which of its events are meant; in the body the others are empty, a file holds all."""
+    body: bytes
+    matched: dict[str, list[tuple[int, int]] | None]
+    """subscriber -> spans of the events that were for it (None: all)."""
+    ends: list[EndOf]
+    """As it happened: the last one that names an event counts."""
+
+
 class Failure(Wire, frozen=True):
     """One event whose handler raised."""
 

@@ -46,5 +46,7 @@ class Spec(msgspec.Struct, frozen=True):
     """The process that it shares with others: the name of its host."""
     hosts: bool = False
     """It is no subscriber, but the process that some share."""
+    start: str = "new"
+    """Whether it is to have what was published before it, as far as history goes: ``earliest``."""
     initializer: bytes = b""
     """Pickled; called in each process before the handler is loaded."""

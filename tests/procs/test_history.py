@@ -1,0 +1,217 @@
+"""History of a durable hub: what was accepted and what became of it, replays, and subscribers that begin with the earliest event."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mphub import EventHub, Inbox, InvalidKey, InvalidOption, Reject, Retention, RetryLater, SubscriberPaused, current_event
+from tests.helpers import eventually
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def noting(path: Path) -> Any:
+    """Return a handler that appends what it gets to a file."""
+
+    def note(payload: object) -> None:
+        with open(path, "a") as file:
+            file.write(f"{payload}\n")
+
+    return note
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().split() if path.exists() else []
+
+
+@contextmanager
+def hub_on(folder: Path, retention: Retention | None = Retention(max_bytes="64MB"), **options: Any) -> Iterator[EventHub]:  # noqa: B008
+    hub = EventHub(folder / "hub", check=False, retention=retention, **options)
+    try:
+        yield hub
+    finally:
+        hub.stop(drain=False)
+
+
+def judge(payload: str) -> None:
+    if payload == "reject":
+        raise Reject("no")
+    if payload == "again" and current_event().attempt < 2:
+        raise RetryLater(0.01)
+
+
+def test_history_tells_what_became_of_each_event(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        hub.subscribe("a.*", judge, name="judge")
+        hub.subscribe("a.x", print, name="other", where=lambda payload: False)
+        hub.start()
+        for payload in ("fine", "reject", "again"):
+            hub.publish("a.x", payload, headers={"n": payload}, ordering_key="o")
+        hub.publish("a.y", "fine", delay=0.01)
+        hub.publish("nobody", 0)
+        hub.drain(20)
+        rows = list(hub.history())
+        assert [(row.key, row.payload) for row in rows] == [
+            ("a.x", "fine"),
+            ("a.x", "reject"),
+            ("a.x", "again"),
+            ("a.y", "fine"),
+            ("nobody", 0),
+        ]
+        assert rows[0].headers == {"n": "fine"} and rows[0].ordering_key == "o"
+        told = [{name: (o.state, o.reason, o.attempts) for name, o in row.outcomes.items()} for row in rows]
+        filtered = ("dropped", "filtered", 1)
+        assert told == [
+            {"judge": ("handled", "", 1), "other": filtered},
+            {"judge": ("dead", "rejected", 1), "other": filtered},
+            {"judge": ("handled", "", 2), "other": filtered},
+            {"judge": ("handled", "", 1)},
+            {},
+        ]
+        assert hub.redrive("judge") == 1
+        hub.drain(20)
+        hub.purge("judge")
+        outcome = list(hub.history("a.x"))[1].outcomes["judge"]
+        assert (outcome.state, outcome.reason) == ("dropped", "purged")
+
+
+def test_history_is_found_by_key_and_time(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        hub.start()
+        for n in range(3000):
+            hub.publish(f"k{n % 3}.{n % 7}", n)
+        hub.flush()
+        middle = time.time()
+        for n in range(3000, 6000):
+            hub.publish(f"k{n % 3}.{n % 7}", n)
+        rows = list(hub.history())
+        assert [row.payload for row in rows] == list(range(6000))
+        assert [row.payload for row in hub.history("k1.4")] == [n for n in range(6000) if n % 21 == 4]
+        assert [row.payload for row in hub.history("k1.*", since=middle)] == [n for n in range(3000, 6000) if n % 3 == 1]
+        assert [row.payload for row in hub.history(["k1.4", "k2.>"], until=middle)] == [n for n in range(3000) if n % 21 == 4 or n % 3 == 2]
+        assert [row.payload for row in hub.history(since=middle, limit=3)] == [3000, 3001, 3002]
+        assert list(hub.history("k9.>")) == list(hub.history(since=time.time() + 60)) == []
+    with hub_on(tmp_path) as hub:
+        hub.start()
+        assert sum(1 for _ in hub.history()) == 6000
+
+
+def test_large_payloads_are_in_history_too(tmp_path: Path) -> None:
+    large = os.urandom(200_000)
+    with hub_on(tmp_path) as hub:
+        hub.subscribe("k", len, name="len")
+        hub.start()
+        hub.publish("k", large)
+        hub.publish("k", large)
+        hub.drain(20)
+        assert hub.subscription("len").replay() == 2
+        hub.drain(20)
+        assert hub.statistics().subscribers["len"].handled == 4
+        assert [row.payload for row in hub.history()] == [large, large]
+    with hub_on(tmp_path, Retention(max_bytes=1)) as hub:
+        hub.start()
+        hub.publish("k", 1)
+        hub.flush()
+        assert not list(hub.history())
+        eventually(lambda: not os.listdir(tmp_path / "hub" / "blobs"))
+
+
+def test_old_rows_go_by_bytes_and_by_age(tmp_path: Path) -> None:
+    with hub_on(tmp_path, Retention(max_bytes="1MB")) as hub:
+        hub.start()
+        for n in range(5000):
+            hub.publish("k", (n, b"x" * 1000))
+        hub.flush()
+        left = [row.payload[0] for row in hub.history()]
+        assert 500 < len(left) < 1100 and left == list(range(5000 - len(left), 5000))
+    with hub_on(tmp_path, Retention(max_age=0.3)) as hub:
+        hub.start()
+        eventually(lambda: not list(hub.history()))
+        hub.publish("k", 1)
+        assert [row.payload for row in hub.history()] == [1]
+        eventually(lambda: not list(hub.history("k")))
+
+
+def test_a_replay_is_for_one_subscriber_alone(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        mine = hub.subscribe("k.*", noting(tmp_path / "mine"), name="mine", inbox=Inbox(maxsize=100))
+        hub.subscribe(">", noting(tmp_path / "other"), name="other")
+        hub.start()
+        for n in range(1000):
+            hub.publish(f"k.{n % 2}", n, confirm=n % 50 == 0)  # what is confirmed ends a frame, and so a row
+        hub.publish("elsewhere", "x")
+        hub.drain(20)
+        assert mine.replay() == 1000
+        assert mine.replay("k.1") == 500
+        assert mine.replay(since=time.time()) == 0
+        hub.drain(20)
+        counts = hub.statistics().subscribers["mine"]
+        assert (counts.accepted, counts.handled) == (2500, 2500)
+        assert lines(tmp_path / "mine") == [str(n) for n in [*range(1000), *range(1000), *range(1, 1000, 2)]]
+        assert len(lines(tmp_path / "other")) == 1001
+        mine.pause()
+        with pytest.raises(SubscriberPaused):
+            mine.replay()
+
+
+def test_one_that_begins_with_the_earliest_misses_nothing_whatever_is_killed(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        hub.subscribe("k.*", noting(tmp_path / "first"), name="first")
+        hub.start()
+        for n in range(20_000):
+            hub.publish(f"k.{n % 3}", n)
+        late = hub.subscribe(["k.1", "k.2"], noting(tmp_path / "late"), name="late", start="earliest", inbox=Inbox(maxsize=2000))
+        for n in range(20_000, 30_000):
+            hub.publish(f"k.{n % 3}", n)
+            if n in (22_000, 26_000):
+                os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+            if n == 24_000:
+                os.kill(late.statistics().pids[0], signal.SIGKILL)
+        hub.drain(40)
+        counts = late.statistics()
+        assert counts.accepted == counts.handled + counts.dead == 20_000
+        got = list(dict.fromkeys(lines(tmp_path / "late")))  # what ran at the kill may have run twice
+        assert got == [str(n) for n in range(30_000) if n % 3]
+        assert len(lines(tmp_path / "late")) <= 20_001
+
+
+def test_earliest_goes_on_in_the_next_run(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        hub.start()
+        for n in range(12_000):
+            hub.publish("k", n)
+        hub.subscribe("k", noting(tmp_path / "late"), name="late", start="earliest").pause()
+        hub.publish("k", 12_000)
+    with hub_on(tmp_path) as hub:
+        hub.subscribe("k", noting(tmp_path / "late"), name="late", start="earliest")
+        hub.start()
+        hub.publish("k", 12_001)
+        hub.drain(30)
+        assert lines(tmp_path / "late") == [str(n) for n in range(12_002)]
+
+
+def test_what_is_no_history_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidOption, match=r"EventHub\(retention\): got .* without a path"):
+        EventHub(retention=Retention())
+    with hub_on(tmp_path, None) as hub:
+        hub.subscribe("k", print, name="p")
+        hub.start()
+        for asks in (hub.history, hub.subscription("p").replay, lambda: hub.subscribe("k", print, name="q", start="earliest")):
+            with pytest.raises(InvalidOption, match="keeps no history"):
+                asks()
+    with hub_on(tmp_path) as hub:
+        hub.start()
+        with pytest.raises(InvalidOption, match="since"):
+            hub.history(since="yesterday")  # type: ignore[arg-type]
+        with pytest.raises(InvalidOption, match="limit"):
+            hub.history(limit=-1)
+        with pytest.raises(InvalidKey):
+            hub.history("a..b")
