@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -125,9 +126,9 @@ class Count(Subscriber[Event, int]):
         self.total = state
 
 
-def make_hub(folder: Path) -> EventHub:
+def make_hub(folder: Path, **options: Any) -> EventHub:
     """Subscribe what is to be killed, and ``beat``, which is not."""
-    hub = EventHub(name="soak")
+    hub = EventHub(name="soak", **options)
 
     def make_two(event: Event) -> Event:
         publisher, number = event
