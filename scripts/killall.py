@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,11 +187,13 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=None, help="where the hub's folder is made; default: the folder for temporary files")
     options = parser.parse_args()
     print(f"seed {options.seed}, {options.rounds} rounds, durability {options.durability}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="killall-", dir=options.folder) as folder:
-        told, wrong = kill_and_check(Path(folder), options.durability, options.rounds, options.seed)
+    folder = Path(tempfile.mkdtemp(prefix="killall-", dir=options.folder))
+    told, wrong = kill_and_check(folder, options.durability, options.rounds, options.seed)
     print(told)
     for each in wrong:
-        print(f"wrong: {each}", file=sys.stderr)
+        print(f"wrong: {each} (see {folder})", file=sys.stderr)
+    if not wrong:
+        shutil.rmtree(folder)
     return int(bool(wrong))
 
 

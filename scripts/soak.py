@@ -6,8 +6,8 @@
 Publishers (forked processes) publish numbered events under ``in``. ``pass`` makes two of each under ``out``, where ``log`` writes them down
 and ``count`` counts them into a snapshot. ``share``, whose replicas grow more and fewer, writes down what is under ``in``. Nobody is told
 of the kills: SIGKILL for subscribers, publishers, router and supervisor, SIGSTOP for subscribers, each at its own rate. What publishers
-attempted and what the hub accepted is written down too, each note by one write() to a file opened for appending, so that no death tears
-one; at the end the notes must agree, and so must the hub's books.
+attempted and what the hub accepted is written down too, each note by one write() to a file opened for appending, with an end by which one
+that a death has cut short is told; at the end the notes must agree, and so must the hub's books.
 """
 
 from __future__ import annotations
@@ -48,22 +48,26 @@ STOPPED = (0.05, 0.4)
 FORK = multiprocessing.get_context("fork")
 Event = tuple[int, int]
 """(publisher, number)."""
+END = " ."
+"""Of a note."""
 
 
 # -- notes
 
 
 def note(path: Path, *words: object) -> None:
-    """Append one line by one write."""
+    """Append one line by one write; the kernel may cut even that short, between two pages, when the process is killed."""
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.write(file, (" ".join(map(str, words)) + "\n").encode())
+    os.write(file, ("\n" + " ".join(map(str, words)) + END).encode())
     os.close(file)
 
 
 def notes(path: Path) -> Iterator[list[int]]:
+    """Yield the lines that are whole."""
     if path.exists():
         for line in path.read_text().splitlines():
-            yield [int(word) for word in line.split()]
+            if line.endswith(END):
+                yield [int(word) for word in line.removesuffix(END).split()]
 
 
 @dataclass

@@ -26,7 +26,7 @@ from mphub.observe.statistics import percentiles
 from mphub.procs import fork
 from mphub.procs.boot import Charter
 from mphub.procs.door import Door
-from mphub.procs.exchange import SETTLED, Exchange
+from mphub.procs.exchange import SETTLED, Exchange, News
 from mphub.procs.hosts import Host, Member, joined
 from mphub.procs.letters import Cause
 from mphub.procs.mailbox import LASTING, Mailbox
@@ -792,7 +792,10 @@ class Router:
         """Wait a moment, as the disk is full: publishers wait for their confirms, subscribers for deliveries."""
         if self.held != [">"]:
             self.held = [">"]
-            self._push("held", patterns=[">"], names=[])
+            self._push("held", patterns=[">"], names=["the disk of the hub's folder, which is full"])
+            news = News("shortage", None, "the disk of the hub's folder is full: publishers wait until there is room", {})
+            if (notice := news.notice(self.limiter, time.monotonic())) is not None:
+                self._push("news", **notice)
         self.link.flush()
         time.sleep(ROOM_EVERY)
 

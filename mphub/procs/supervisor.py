@@ -129,6 +129,8 @@ class Supervisor:
             self.link.end_frozen(now)
             self.desk.close_silent()
             self._reap_strangers()
+            if self.charter.keep and not (self.folder / "journal").is_dir():  # a removed journal can be written, for nobody
+                self.fail(f"the folder of its journal, {os.path.realpath(self.folder / 'journal')}, has been removed")
 
     # -- the router
 
@@ -169,7 +171,7 @@ class Supervisor:
             self.notice("FATAL", name, message, traceback=traceback)
 
     def _hold(self, patterns: list[str], names: list[str]) -> None:
-        """Publishers of these patterns wait: for these subscribers, or for a full journal."""
+        """Publishers of these patterns wait: for these subscribers, for the disk, or for a full journal."""
         who = names or (["the journal, which is full"] if patterns else [])
         now = time.monotonic()
         self.held = {name: self.held.get(name, now) for name in who}

@@ -42,6 +42,17 @@ def test_a_second_delivery_is_counted_and_not_out_of_order() -> None:
     assert (found.doubled, found.reordered, found.lost) == (1, [], [])
 
 
+def test_a_note_that_a_death_has_cut_short_is_none(tmp_path: Path) -> None:
+    whole = [(185, 3971), (185, 3972), (185, 3973)]
+    for event in whole:
+        soak.note(tmp_path / "notes", *event)
+    text = (tmp_path / "notes").read_bytes()
+    length = len(text) // 3
+    for cut in range(length):
+        (tmp_path / "notes").write_bytes(text[:length] + text[length : length + cut] + text[2 * length :])
+        assert list(soak.events_in(tmp_path / "notes")) == [whole[0], whole[2]]
+
+
 def test_gaps_and_percentiles() -> None:
     assert soak.longest_gap([0, 10**9, 4 * 10**9]) == 3.0
     assert soak.longest_gap([5]) == 0
