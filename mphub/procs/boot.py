@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from mphub.store.folder import PARTS, DurableFolder
 from mphub.store.journal import lock_file
 from mphub.store.verify import check_journal
 
+log = logging.getLogger("mphub")
 SMALL = 256 << 20
 """Bytes that /dev/shm must have free to hold a hub's folder."""
 FRESH = 10.0
@@ -122,16 +124,22 @@ def _sweep_one(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def take_over(path: Path) -> DurableFolder:
-    """Take a durable hub's folder from its last owner, and end what that has left.
+def take_over(path: Path, *, synced: bool = False) -> DurableFolder:
+    """Take a durable hub's folder from its last owner, and end what that has left; ``synced``: this run syncs each commit.
 
     Raises HubExists, InvalidOption, JournalError.
     """
-    folder = DurableFolder(path)
+    folder = DurableFolder(path, synced=synced)
     try:
         if folder.was_cut_off:
             folder.forget_processes()
             check_journal(path)
+            if not folder.was_synced:
+                log.warning(
+                    "%s: the machine was started anew since this hub's last run, without durability='power': "
+                    "its journal can be read, but what was accepted last may be missing",
+                    path,
+                )
             folder.note_whole()
         kill_recorded(path)
     except BaseException:

@@ -50,7 +50,9 @@ class Client:
         self._frost = fork.Frost()
         self._lock = threading.Lock()
         with contextlib.ExitStack() as undo:
-            self.durable = None if durable is None else undo.enter_context(contextlib.closing(boot.take_over(durable)))
+            self.durable = (
+                None if durable is None else undo.enter_context(contextlib.closing(boot.take_over(durable, synced=charter.power)))
+            )
             boot.sweep(self.folder.parent)
             self._lock_of_folder = boot.make_folder(self.folder, durable)
             undo.callback(self._remove_folder)

@@ -12,6 +12,7 @@ import msgspec
 import psutil
 
 from mphub.errors import HubExists, InvalidOption, JournalError
+from mphub.store.blobs import sync_path
 from mphub.store.journal import FORMAT, lock_file
 
 PARTS: Final = ("journal", "blobs", "boards", "children")
@@ -33,20 +34,24 @@ class Owner(msgspec.Struct, frozen=True):
     pid: int
     boot: str
     """Names the time since the machine was started: what was only in memory then is gone."""
+    synced: bool = False
+    """It put each commit on the disk."""
 
 
 class DurableFolder:
     """A folder that is this process's for as long as it is open."""
 
-    def __init__(self, path: Path) -> None:
-        """Take a folder, making it if there is none.
+    def __init__(self, path: Path, *, synced: bool = False) -> None:
+        """Take a folder, making it if there is none; ``synced``: this owner puts each commit on the disk.
 
         Raises HubExists: another hub has it; JournalError: it is no hub's, a newer version's, not on a local disk, or cannot be written.
         """
-        self.path = path
+        self.path, self.synced = path, synced
+        self.was_synced = True
+        """All that was in its journal before is on the disk."""
         check_kind(path)
         with saying(path):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make(path)
             self._check_format()
             refuse_network(path)
             self._lock = self._take()
@@ -83,20 +88,23 @@ class DurableFolder:
 
     def _enter(self) -> bool:
         """Make what is missing, and note whose it is; say whether its last owner may have ended with the whole machine."""
-        before, now = self._owner(), boot_id()
+        is_new = not (self.path / "journal").exists()
+        before = Owner(0, boot_id()) if is_new else self._owner() or Owner(0, "unknown")
         for name in PARTS:
-            (self.path / name).mkdir(mode=0o700, exist_ok=True)
-        write(self.path / "format", FORMAT)
-        self._note_owner(before.boot if before is not None else now)
-        return before is not None and before.boot != now
+            make(self.path / name)
+        if read(self.path / "format") != FORMAT:
+            write(self.path / "format", FORMAT)
+        self.was_synced = is_new or before.synced
+        self._note_owner(before.boot, self.synced and self.was_synced)
+        return before.boot != boot_id()
 
     def note_whole(self) -> None:
         """Note that what the end of the machine may have damaged has been read; until then each start does that."""
         with saying(self.path):
-            self._note_owner(boot_id())
+            self._note_owner(boot_id(), self.synced)
 
-    def _note_owner(self, boot: str) -> None:
-        write(self.path / "owner", msgspec.json.encode(Owner(os.getpid(), boot)))
+    def _note_owner(self, boot: str, synced: bool) -> None:
+        write(self.path / "owner", msgspec.json.encode(Owner(os.getpid(), boot, synced)))
 
     def _owner(self) -> Owner | None:
         with contextlib.suppress(OSError, msgspec.MsgspecError):
@@ -164,7 +172,17 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Put a file in place whole."""
+    """Put a file in place whole, and on the disk: a power loss leaves the old one or the new one."""
     new = path.with_suffix(".new")
     new.write_bytes(data)
+    sync_path(new)
     new.rename(path)
+    sync_path(path.parent)
+
+
+def make(path: Path) -> None:
+    """Make a folder and those above it that are missing, and put on the disk that they are there."""
+    if not path.is_dir():
+        make(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+        sync_path(path.parent)

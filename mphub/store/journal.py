@@ -266,8 +266,7 @@ class Journal:
             metasync=synced,
             lock=False,
         )
-        if synced:
-            sync_path(self.folder)  # that the file is there
+        sync_path(self.folder)  # that the file is there
         main = self._env.open_db(None)
         self._tables = {name: (main, BOOKS[name]) if name in BOOKS else (self._env.open_db(name.encode()), b"") for name in TABLES}
         """table -> (database, what its keys begin with there)."""

@@ -6,12 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Final
 
 import lmdb
 import msgspec
 
 from mphub.errors import JournalError
-from mphub.store.journal import BOOKS, TABLES
+from mphub.store import pages
+from mphub.store.journal import BOOKS, TABLES, Dead, Single, Stored
+from mphub.wire.frames import decoder
+
+KINDS: Final[dict[str, msgspec.msgpack.Decoder[Any]]] = {"rows": decoder(Stored), "singles": decoder(Single), "dead": decoder(Dead)}
 
 
 class Findings(msgspec.Struct):
@@ -54,21 +59,46 @@ def check_journal(folder: str | os.PathLike[str]) -> None:
 
 def main(path: str) -> None:
     """Read it all, and print what was found."""
-    env = lmdb.open(path, readonly=True, lock=False, max_dbs=len(TABLES))
     found = Findings()
-    for name in TABLES:
-        try:
-            found.rows[name] = count(env, name)
-        except (lmdb.Error, msgspec.MsgspecError) as error:
-            found.problems.append(f"table {name}: {error}")
+    try:
+        pages.check(Path(path) / "data.mdb")
+    except pages.DamagedError as error:
+        found.problems.append(f"the file: {error}")
+    else:
+        read_tables(Path(path), found)
     sys.stdout.buffer.write(msgspec.json.encode(found))
 
 
-def count(env: lmdb.Environment, name: str) -> int:
-    """Count the rows of a table, reading each."""
-    prefix = BOOKS.get(name, b"")
+def read_tables(path: Path, found: Findings) -> None:
+    env = lmdb.open(str(path), readonly=True, lock=False, max_dbs=len(TABLES))
+    for name in TABLES:
+        try:
+            found.rows[name] = count(env, name, path.parent / "blobs")
+        except lmdb.NotFoundError:
+            found.rows[name] = 0  # it ended before it had made them all
+        except (lmdb.Error, msgspec.MsgspecError, OSError) as error:
+            found.problems.append(f"table {name}: {error}")
+
+
+def count(env: lmdb.Environment, name: str, blobs: Path) -> int:
+    """Count the rows of a table, reading each, and looking for the file of each that has one."""
+    prefix, kind = BOOKS.get(name, b""), KINDS.get(name)
+    rows = 0
     with env.begin() as txn:
         db = None if name in BOOKS else env.open_db(name.encode(), txn, create=False)
         with txn.cursor(db) as cursor:
             cursor.set_range(prefix) if prefix else cursor.first()
-            return sum(1 for key, value in cursor.iternext() if bytes(key).startswith(prefix) and bytes(value) is not None)
+            for key, value in cursor.iternext():
+                if not bytes(key).startswith(prefix):
+                    continue
+                rows += 1
+                if kind is not None:
+                    look_for_file(kind.decode(value), blobs)
+    return rows
+
+
+def look_for_file(row: Stored | Single | Dead, blobs: Path) -> None:
+    """Raise OSError unless the file that is a row's body is there, whole."""
+    batch = row.batch
+    if batch.blob is not None and (size := (blobs / batch.blob).stat().st_size) != batch.size:
+        raise OSError(f"the file {batch.blob} has {size} bytes, not {batch.size}")

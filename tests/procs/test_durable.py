@@ -21,6 +21,7 @@ from mphub.procs.exchange import Exchange
 from mphub.store.blobs import Blobs
 from mphub.store.folder import NETWORKED, Owner, kind_of, refuse_network
 from mphub.store.journal import Journal
+from mphub.store.verify import verify
 from tests.helpers import eventually
 
 pytestmark = pytest.mark.timeout(60)
@@ -256,6 +257,36 @@ def test_a_damaged_journal_is_told_not_opened(tmp_path: Path) -> None:
     for _ in range(2):  # not only the first time
         with pytest.raises(JournalError, match="damaged"):
             EventHub(tmp_path / "hub").start()
+
+
+@pytest.mark.parametrize("last", ["process", "power", "unknown"])
+def test_after_a_restart_of_the_machine_what_may_be_missing_is_told(last: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with hub_on(tmp_path, durability="power" if last == "power" else "process") as hub:
+        hub.start()
+    owner = tmp_path / "hub" / "owner"
+    if last == "unknown":
+        owner.unlink()
+    else:
+        owner.write_bytes(msgspec.json.encode(Owner(1, "before the power went", last == "power")))
+    for times in range(2):  # once is enough
+        caplog.clear()
+        with hub_on(tmp_path) as hub:
+            hub.start()
+        assert ("may be missing" in caplog.text) is (last != "power" and times == 0)
+
+
+def test_a_blob_that_the_power_loss_has_taken_is_told(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        hub.subscribe("k", print, name="notes")
+        hub.start()
+        hub.subscription("notes").pause()
+        hub.publish("k", bytes(100_000), confirm=True)
+    assert verify(tmp_path / "hub").problems == []
+    (blob,) = (tmp_path / "hub" / "blobs").iterdir()
+    blob.write_bytes(blob.read_bytes()[:4096])
+    (tmp_path / "hub" / "owner").unlink()
+    with pytest.raises(JournalError, match=f"{blob.name} has 4096 bytes"):
+        EventHub(tmp_path / "hub").start()
 
 
 def test_network_file_systems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
