@@ -47,7 +47,7 @@ def measure(name: str, rounds: int, events: int | None, peers: Sequence[str] = (
     loops_of_a_millisecond()  # found here, so that both sides do the same work
     what = MEASURED[name]
     events = amount(name, events)
-    runs = [*what.runs, *(peer for peer in peers if name in PEERS_IN)]
+    runs = [*what.runs, *(peer for peer in peers if peer in PEERS_IN.get(name, ()))]
     values: dict[str, list[float]] = {}
     for number in range(1, rounds + 1):
         for run in runs:

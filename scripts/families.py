@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from peers import PEERS
+from peers import DURABLE_PEERS, PEERS
 from results import Result
 from sides import (
     KEYS,
@@ -22,6 +22,7 @@ from sides import (
     beside_a_stuck_one,
     crew,
     crowded,
+    durable,
     lines,
     many_keys,
     many_patterns,
@@ -35,6 +36,8 @@ from sides import (
 from mphub.store.archive import JsonLinesArchive, SqliteArchive
 
 WARM_UP = 1000
+CONFIRMED = 10_000
+"""Events after which a publisher waits for the confirms."""
 IDLE = 0.0003
 """Seconds before each question, in which everybody has gone to sleep."""
 
@@ -163,6 +166,21 @@ FAMILIES = {
     "work-1ms-2": at_work("events/s of 1 ms of work to 2 subscribers, against 2 bare processes", 2, target=0.95),
     "work-1ms-replicas": at_work("events/s of 1 ms of work to 2 replicas, against 2 bare processes", 2, target=0.95, opened=crew),
 }
+FAMILIES |= {
+    "durable-process": Family(
+        "events/s to 1 subscriber, journal on a disk, against one in memory",
+        300_000,
+        throughput,
+        {"baseline": lambda: durable(None), "mphub": lambda: durable("process")},
+        target=0.8,
+    ),
+    "durable-power": Family(
+        f"events/s, each commit synced, all confirmed after each {CONFIRMED:,}, against a hub in memory",
+        300_000,
+        throughput,
+        {"baseline": lambda: durable(None, CONFIRMED), "mphub": lambda: durable("power", CONFIRMED)},
+    ),
+}
 USUAL = list(FAMILIES)
 FAMILIES |= {
     "roundtrip-hot": asked("us from question to answer, no pause between, median", 0.5, pause=0),
@@ -174,5 +192,10 @@ FAMILIES |= {
     )
     for how in ("own key", "drop_oldest", "drop_newest", "dead_letter", "FATAL", "frozen")
 }
-PEERS_IN = ("throughput-1", "roundtrip", "roundtrip-p99")
-"""Families in which other packages can be measured too."""
+PEERS_IN = {
+    **dict.fromkeys(("throughput-1", "roundtrip", "roundtrip-p99"), tuple(PEERS)),
+    "durable-process": ("Redis Streams", "Redis everysec", "JetStream on disk", "Huey"),
+    "durable-power": ("Redis always", "Huey synced"),
+}
+"""Families in which other packages can be measured too, and which."""
+PEERS |= DURABLE_PEERS

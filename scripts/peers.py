@@ -24,8 +24,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
+DISK = os.environ.get("BENCH_DISK", "/var/tmp")
+"""Where durable folders are: on a disk, which the folder for temporary files need not be."""
 FORK = multiprocessing.get_context("fork")
 AHEAD = 1000
 """Tasks that a pool has under way."""
@@ -52,6 +55,10 @@ class Peer:
 
 def found(server: str) -> str | None:
     return shutil.which(server, path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin")  # where Debian puts some
+
+
+def place(prefix: str, *, on_disk: bool) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix=prefix, dir=DISK if on_disk else None)
 
 
 Opened = Iterator[tuple[Callable[[int], object], Callable[[], list[int]]]]
@@ -157,9 +164,10 @@ def running(target: Callable[..., object], *arguments: object) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def redis_streams(key: str, payload: object) -> Opened:
+def redis_streams(key: str, payload: object, synced: str | None = None) -> Opened:
+    """``synced``: everysec or always, on a disk."""
     redis: Any = importlib.import_module("redis")
-    with tempfile.TemporaryDirectory(prefix="redis-") as folder, redis_server(folder) as path, running(redis_worker, path, key):
+    with place("redis-", on_disk=synced is not None) as folder, redis_server(folder, synced) as path, running(redis_worker, path, key):
         client = redis.Redis(unix_socket_path=path, socket_timeout=60)
 
         def publish(events: int) -> None:
@@ -180,9 +188,11 @@ def redis_streams(key: str, payload: object) -> Opened:
 
 
 @contextlib.contextmanager
-def redis_server(folder: str) -> Iterator[str]:
+def redis_server(folder: str, synced: str | None) -> Iterator[str]:
     path = f"{folder}/redis"
     options = {"port": "0", "unixsocket": path, "save": "", "appendonly": "no", "loglevel": "warning", "dir": folder}
+    if synced is not None:
+        options |= {"appendonly": "yes", "appendfsync": synced}
     with serving("redis-server", *(word for name, value in options.items() for word in (f"--{name}", value)), address=path):
         yield path
 
@@ -203,14 +213,15 @@ def redis_worker(path: str, key: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def nats_jetstream(key: str, payload: object) -> Opened:
+def nats_jetstream(key: str, payload: object, storage: str = "memory") -> Opened:
+    """``storage``: memory, or file: on a disk, synced every two minutes (each time only by servers from 2.10 on)."""
     with (
-        tempfile.TemporaryDirectory(prefix="nats-") as folder,
+        place("nats-", on_disk=storage == "file") as folder,
         nats_server(folder) as port,
-        running(nats_worker, port, key),
+        running(nats_worker, port, key, storage),
         asyncio.Runner() as runner,
     ):
-        client, stream = runner.run(nats_stream(port, key))
+        client, stream = runner.run(nats_stream(port, key, storage))
         answers = runner.run(client.subscribe("answers"))
 
         async def publish(events: int) -> None:
@@ -234,21 +245,21 @@ def nats_server(folder: str) -> Iterator[int]:
         yield port
 
 
-async def nats_stream(port: int, key: str) -> tuple[Any, Any]:
+async def nats_stream(port: int, key: str, storage: str) -> tuple[Any, Any]:
     """Connect, and see to the stream: whoever comes second finds it there."""
     nats: Any = importlib.import_module("nats")
     client = await nats.connect(f"nats://127.0.0.1:{port}")
     stream = client.jetstream(publish_async_max_pending=4 * BATCH, timeout=60)
-    await stream.add_stream(name="bench", subjects=[key], storage="memory")
+    await stream.add_stream(name="bench", subjects=[key], storage=storage)
     return client, stream
 
 
-def nats_worker(port: int, key: str) -> NoReturn:
-    asyncio.run(nats_count(port, key))
+def nats_worker(port: int, key: str, storage: str) -> NoReturn:
+    asyncio.run(nats_count(port, key, storage))
 
 
-async def nats_count(port: int, key: str) -> NoReturn:
-    client, stream = await nats_stream(port, key)
+async def nats_count(port: int, key: str, storage: str) -> NoReturn:
+    client, stream = await nats_stream(port, key, storage)
     config = importlib.import_module("nats.js.api").ConsumerConfig(ack_policy="all", max_ack_pending=-1)
     inbox = await stream.pull_subscribe(key, durable="counter", config=config)
     handled, wanted = 0, 1
@@ -373,10 +384,10 @@ def ray(_: str, payload: object) -> Opened:
 
 
 @contextlib.contextmanager
-def huey(_: str, payload: object) -> Opened:
+def huey(_: str, payload: object, *, synced: bool = False) -> Opened:
     module: Any = importlib.import_module("huey")
-    with tempfile.TemporaryDirectory(prefix="huey-") as folder:
-        queue = module.SqliteHuey(filename=f"{folder}/queue", fsync=False, timeout=60)
+    with place("huey-", on_disk=True) as folder:
+        queue = module.SqliteHuey(filename=f"{folder}/queue", fsync=synced, timeout=60)
         task = queue.task()(answer)
         often: dict[str, Any] = {"initial_delay": 0.001, "max_delay": 0.001}  # it polls: by default, every 100 ms and more
         consumer = queue.create_consumer(workers=1, periodic=False, check_worker_health=False, **often)
@@ -421,3 +432,10 @@ PEERS = {
     "Ray actor": Peer("ray", ray, 0.02),
     "Dask": Peer("distributed", dask, 0.01),
 }
+DURABLE_PEERS = {
+    "Redis everysec": Peer("redis", partial(redis_streams, synced="everysec"), 0.5, server="redis-server"),
+    "Redis always": Peer("redis", partial(redis_streams, synced="always"), 0.2, server="redis-server"),
+    "JetStream on disk": Peer("nats", partial(nats_jetstream, storage="file"), 0.1, server="nats-server"),
+    "Huey synced": Peer("huey", partial(huey, synced=True), 0.01),
+}
+"""With what they have on a disk."""

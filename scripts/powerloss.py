@@ -74,7 +74,7 @@ def make_hub(root: Path, durability: str) -> EventHub:
 
 def open_image(root: Path, durability: str) -> None:
     """Be the next run, after the machine was started anew; print how that went."""
-    store_folder.boot_id = lambda: "another"  # type: ignore[assignment]
+    store_folder.boot_id = lambda: "another"
     hub = make_hub(root, durability)
     try:
         with hub:

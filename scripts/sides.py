@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from typing import Any, NoReturn
 
-from peers import Peer
+from peers import DISK, Peer
 
 from mphub import Batch, EventHub, Inbox, Restart, Stop, Subscriber
 from mphub.store.archive import JsonLinesArchive, SqliteArchive
@@ -153,6 +153,25 @@ def side_of(hub: EventHub, names: list[str], keys: Sequence[str] = (KEY,), paylo
         return [hub.request(KEY, None, to=name).result() for name in names]
 
     return Side(publish, ask)
+
+
+@contextlib.contextmanager
+def durable(durability: str | None, confirmed: int | None = None) -> Iterator[Side]:
+    """Open a hub on a folder on the disk (None: one in memory); with ``confirmed`` it waits for confirms after each so many events."""
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=DISK) as folder:
+        options: dict[str, Any] = {} if durability is None else {"path": f"{folder}/hub", "durability": durability}
+        hub = EventHub(name="bench", **options)
+        hub.subscribe(KEY, Counter, name="counter")
+        with hub:
+            side = side_of(hub, ["counter"])
+
+            def publish(events: int) -> None:
+                for first in range(0, events, confirmed or events):
+                    side.publish(min(confirmed or events, events - first))
+                    if confirmed:
+                        hub.flush()
+
+            yield Side(publish, side.ask)
 
 
 class Batched(Counter):

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-PAGE: Final = 4096
 HEAD: Final = struct.Struct("<QHHHH")
 """Number, padding, kind, end of the offsets, begin of the nodes (of a value: its count of pages, in both)."""
 META: Final = struct.Struct("<IIQQ")
@@ -47,7 +46,7 @@ def check(path: Path) -> None:
 
     Raises DamagedError.
     """
-    if path.stat().st_size < 2 * PAGE:
+    if path.stat().st_size < 2 * mmap.PAGESIZE:
         raise DamagedError("its first pages are not there")
     with open(path, "rb") as file:
         walk = Walk(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
@@ -63,6 +62,10 @@ class Walk:
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
         self.last = 0
+        magic, version, _, _ = META.unpack_from(data, HEAD.size)
+        (size,) = struct.unpack_from("<I", data, HEAD.size + META.size)  # where the first tree has its padding
+        self.page = size if magic == MAGIC and version == VERSION else mmap.PAGESIZE
+        """Bytes of a page: those of the machine that made the file."""
         self.used: set[int] = set()
 
     def run(self) -> None:
@@ -77,8 +80,8 @@ class Walk:
             raise DamagedError("pages are both used and free")
 
     def _meta(self, place: int) -> tuple[int, int, Tree, Tree] | None:
-        at = place * PAGE + HEAD.size
-        if len(self.data) < (place + 1) * PAGE:
+        at = place * self.page + HEAD.size
+        if len(self.data) < (place + 1) * self.page:
             return None
         magic, version, _, _ = META.unpack_from(self.data, at)
         if magic != MAGIC or version != VERSION:
@@ -110,8 +113,8 @@ class Walk:
         if kind != (LEAF if depth == 1 else BRANCH):
             raise DamagedError(f"page {page} is not what it was")
         counts[kind] += 1
-        for at in struct.unpack_from(f"<{(lower - HEAD.size) // 2}H", self.data, page * PAGE + HEAD.size):
-            start = page * PAGE + at
+        for at in struct.unpack_from(f"<{(lower - HEAD.size) // 2}H", self.data, page * self.page + HEAD.size):
+            start = page * self.page + at
             low, high, flags, size = NODE.unpack_from(self.data, start)
             body = start + NODE.size + size
             if kind == BRANCH:
@@ -128,22 +131,22 @@ class Walk:
         (page,) = struct.unpack_from("<Q", self.data, at)
         kind, lower, upper = self._page(page)
         pages = lower | upper << 16
-        if kind != OVERFLOW or pages != (HEAD.size + length + PAGE - 1) // PAGE:
+        if kind != OVERFLOW or pages != (HEAD.size + length + self.page - 1) // self.page:
             raise DamagedError(f"page {page} is not the value that it was")
         for other in range(page + 1, page + pages):
             self._use(other)
         counts[OVERFLOW] += pages
-        start = page * PAGE + HEAD.size
+        start = page * self.page + HEAD.size
         return self.data[start : start + length]
 
     def _page(self, page: int) -> tuple[int, int, int]:
         self._use(page)
-        number, _, kind, lower, upper = HEAD.unpack_from(self.data, page * PAGE)
+        number, _, kind, lower, upper = HEAD.unpack_from(self.data, page * self.page)
         if number != page:
             raise DamagedError(f"page {page} was not written")
         return kind, lower, upper
 
     def _use(self, page: int) -> None:
-        if page in self.used or not 2 <= page <= self.last or (page + 1) * PAGE > len(self.data):
+        if page in self.used or not 2 <= page <= self.last or (page + 1) * self.page > len(self.data):
             raise DamagedError(f"page {page} is used twice, or not there")
         self.used.add(page)

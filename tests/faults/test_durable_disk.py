@@ -104,7 +104,7 @@ for n in range(3000):
 
 @pytest.mark.parametrize("durability", ["process", "power"])
 def test_kill_9_of_everything_on_a_full_disk_loses_nothing_that_was_accepted(durability: str, disk: Disk, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PROGRAM, disk.folder, tmp_path, durability]
+    command = [sys.executable, "-c", PROGRAM, str(disk.folder), str(tmp_path), durability]
     with open(tmp_path / "said", "wb") as said:
         process = subprocess.Popen(command, stdout=said, start_new_session=True)
     assert eventually(lambda: len(lines(tmp_path / "said")) >= 10, 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from mphub.store import pages
 from mphub.store.journal import Journal
 
+PAGE = mmap.PAGESIZE
 TABLES = ("rows", "singles", "progress", "dead")
 
 
@@ -40,8 +42,8 @@ def test_a_whole_file_is_whole_and_one_with_pages_of_another_time_is_not(tmp_pat
     found = 0
     for _ in range(40):
         mixed = bytearray(after)
-        for place in dice.sample(range(0, len(before), pages.PAGE), 20):
-            mixed[place : place + pages.PAGE] = before[place : place + pages.PAGE]
+        for place in dice.sample(range(0, len(before), PAGE), 20):
+            mixed[place : place + PAGE] = before[place : place + PAGE]
         data.write_bytes(mixed)
         try:
             pages.check(data)
@@ -50,7 +52,7 @@ def test_a_whole_file_is_whole_and_one_with_pages_of_another_time_is_not(tmp_pat
     assert found >= 38  # of twenty that are put back some are used, nearly always
 
 
-@pytest.mark.parametrize("left", [0, 4096, 12288])
+@pytest.mark.parametrize("left", [0, PAGE, 3 * PAGE])
 def test_a_file_that_is_cut_off_is_damaged(left: int, tmp_path: Path) -> None:
     journal = Journal(tmp_path, 1 << 24)
     write_some(journal, random.Random(1), {})
