@@ -13,10 +13,15 @@ import msgspec
 
 from mphub.errors import JournalError
 from mphub.store import pages
-from mphub.store.journal import BOOKS, TABLES, Dead, Single, Stored
+from mphub.store.journal import BOOKS, TABLES, Dead, Past, Single, Stored
 from mphub.wire.frames import decoder
 
-KINDS: Final[dict[str, msgspec.msgpack.Decoder[Any]]] = {"rows": decoder(Stored), "singles": decoder(Single), "dead": decoder(Dead)}
+KINDS: Final[dict[str, msgspec.msgpack.Decoder[Any]]] = {
+    "rows": decoder(Stored),
+    "singles": decoder(Single),
+    "dead": decoder(Dead),
+    "history": decoder(Past),
+}
 
 
 class Findings(msgspec.Struct):
@@ -97,7 +102,7 @@ def count(env: lmdb.Environment, name: str, blobs: Path) -> int:
     return rows
 
 
-def look_for_file(row: Stored | Single | Dead, blobs: Path) -> None:
+def look_for_file(row: Stored | Single | Dead | Past, blobs: Path) -> None:
     """Raise OSError unless the file that is a row's body is there, whole."""
     batch = row.batch
     if batch.blob is not None and (size := (blobs / batch.blob).stat().st_size) != batch.size:
