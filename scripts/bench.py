@@ -16,8 +16,7 @@ its own, and the sides take turns. What they start is started and warm before th
 subscriber has told how many events it has handled. A miscount is an error, never a figure.
 
 sides.py is what is opened, families.py what is measured on it, figures.py what is measured of one hub (shared.py: of many
-subscribers in few processes), peers.py the other packages,
-results.py what is told, plots.py what is drawn.
+subscribers in few processes; past.py: of history), peers.py the other packages, results.py what is told, plots.py what is drawn.
 """
 
 from __future__ import annotations

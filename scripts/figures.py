@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 from families import WARM_UP, must_be
+from past import history
 from results import Absolute
 from shared import sharing
 from sides import KEY, PAYLOAD, Counter, array, side_of
@@ -394,6 +395,12 @@ FIGURES: dict[str, Figure | Curve] = {
     ),
     "sharing-10000": Figure(
         "10,000 subscribers in two processes", 10_000, sharing, {"s to start": 10, "MB in all": 250, "us a delivery": 5}
+    ),
+    "history-10M": Figure(
+        "history of 10,000,000 events on a disk, and one that exceeds its bound",
+        10_000_000,
+        history,
+        {"s to open": 1, "ms to the first row": 100, "folder to max_bytes": 1.2, "us to keep one": None},
     ),
     "cpu-subscribers": Curve("us of CPU a delivery, all processes", 2_560_000, cpu_to, "subscribers", (1, 2, 4, 8, 16, 64)),
     "steps": Figure("ns of CPU an event, among many", 300_000, steps, {}),

@@ -31,7 +31,7 @@ STEP = 0.01
 PAGE_BYTES = 512 << 10
 """What one answer holds, so that it fits a frame."""
 GOING = 64
-"""Rows that go in one turn at most."""
+"""Rows that go in one turn at most, beside twice what has come in it."""
 MAX_MERGED = 200
 """Keys under one pattern that are looked up one by one; of more all rows are read."""
 MAX_NAMES = 10_000
@@ -56,6 +56,8 @@ class History:
         """When the newest row was accepted, or the last event ended."""
         self._names = 0
         """Different keys."""
+        self._added = 0
+        """Rows of this turn."""
         self._known: dict[str, bytes] = {}
         """Keys that are entered -> their digests."""
         self._written = (0, 0.0, 0)
@@ -73,7 +75,8 @@ class History:
     def write(self) -> None:
         """Write its own books, and let go what is too much; to be called before the commit."""
         if self.retention is not None and self._is_too_much():
-            self._trim(self.retention)
+            self._trim(GOING + 2 * self._added)
+        self._added = 0
         books = self.bytes, self._at, self._names
         if books != self._written:
             self.journal.put("meta", b"history", encode(books))
@@ -96,6 +99,7 @@ class History:
         if row.batch.blob is not None:
             self.exchange.references.keep(row.batch.blob)
             self.journal.put("history_blobs", key, row.batch.blob.encode())
+        self._added += 1
         if not self.first:
             self._begin_with(row.id, past)
 
@@ -165,9 +169,9 @@ class History:
         assert self.retention is not None
         return bool(self.first) and (self.bytes > int(self.retention.max_bytes) or self.due <= self.exchange.clock())
 
-    def _trim(self, retention: Retention) -> None:
+    def _trim(self, most: int) -> None:
         """Let the oldest rows go."""
-        for key, value in list(islice(self.journal.scan("history"), GOING)):
+        for key, value in list(islice(self.journal.scan("history"), most)):
             past = _past.decode(value)
             self._begin_with(number_of(key), past)
             if not self._is_too_much():
@@ -176,6 +180,7 @@ class History:
         self.first, self.due = 0, inf
         for key, value in islice(self.journal.scan("history"), 1):
             self._begin_with(number_of(key), _past.decode(value))
+            self.due = 0.0 if self._is_too_much() else self.due  # the rest in the next turn, though nothing arrives
 
     def _begin_with(self, number: int, past: Past) -> None:
         self.first = number

@@ -315,12 +315,15 @@ class Supervisor:
             return
 
         def committed(_: object) -> None:
-            if self._changeable(found.name) is group:
-                group.adopt(found)
-                self._rescale(group, found)
-                for ward in group.wards:
-                    self.guardian.renew(ward)
-            answer()
+            if self._changeable(found.name) is not group:
+                answer()
+                return
+            group.adopt(found)
+            self._rescale(group, found)
+            for ward in group.wards:
+                self.guardian.renew(ward)
+            # behind what the router was told of them: once this is answered, the old code starts nothing more
+            self.link.ask("status", answer, name=found.name, status=group.status)
 
         self.link.ask("subscribe", committed, spec=spec)
 

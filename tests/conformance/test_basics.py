@@ -604,21 +604,23 @@ def test_what_a_callback_raises_disturbs_nobody(engine: str, caplog: pytest.LogC
 
 
 def test_what_is_not_there_yet_is_refused_with_a_sentence(engine: str) -> None:
-    hub = EventHub(engine=engine)
-    subscribing: list[dict[str, Any]] = [
-        {"start": "all"},
-    ]  # fmt: skip
-    making: list[dict[str, Any]] = [
-        {"retention": 1}, {"notify": ["mailto:a"]}, {"dashboard": 80},
-    ]  # fmt: skip
-    for options in subscribing:
-        with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}: got .* this version has only"):
-            hub.subscribe("k", len, **options)
-        with pytest.raises(mphub.InvalidOption, match=next(iter(options))):
-            hub.subscriber("k", **options)(len)
+    making: list[dict[str, Any]] = [{"notify": ["mailto:a"]}, {"dashboard": 80}]
     for options in making:
         with pytest.raises(mphub.InvalidOption, match=f"{next(iter(options))}: got .* this version has only"):
             EventHub(engine=engine, **options)
+
+
+def test_only_a_durable_hub_has_a_history(engine: str) -> None:
+    with pytest.raises(mphub.InvalidOption, match=r"retention: got 1; expected .*Retention"):
+        EventHub(engine=engine, retention=1)  # type: ignore[arg-type]
+    with pytest.raises(mphub.InvalidOption, match="without a path"):
+        EventHub(engine=engine, retention=mphub.Retention())
+    hub = EventHub(engine=engine)
+    with pytest.raises(mphub.InvalidOption, match=r"start.*expected one of 'new', 'earliest'"):
+        hub.subscribe("k", len, start="all")
+    for asks in (hub.history, lambda: hub.subscribe("k", len, start="earliest")):
+        with pytest.raises(mphub.InvalidOption, match="keeps no history"):
+            asks()
 
 
 def test_wrong_uses_are_refused_at_once(engine: str) -> None:
