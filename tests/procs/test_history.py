@@ -215,3 +215,21 @@ def test_what_is_no_history_is_refused(tmp_path: Path) -> None:
             hub.history(limit=-1)
         with pytest.raises(InvalidKey):
             hub.history("a..b")
+
+
+def test_history_has_each_event_once_and_how_it_ended_whatever_is_killed(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        sub = hub.subscribe("k", noting(tmp_path / "notes"), name="notes")
+        hub.start()
+        for n in range(6000):
+            hub.publish("k", n)
+            if n % 2000 == 1000:
+                os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+            if n == 2500:
+                os.kill(sub.statistics().pids[0], signal.SIGKILL)
+            if n == 4500:
+                os.kill(hub.statistics().pids["supervisor"], signal.SIGKILL)
+        hub.drain(30)
+        rows = list(hub.history())
+        assert [row.payload for row in rows] == list(range(6000))
+        assert {row.outcomes["notes"].state for row in rows} == {"handled"}
