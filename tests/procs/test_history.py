@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from mphub import EventHub, Inbox, InvalidKey, InvalidOption, Reject, Retention, RetryLater, SubscriberPaused, current_event
+from mphub import EventHub, Inbox, InvalidKey, InvalidOption, Reject, Retention, Retry, RetryLater, SubscriberPaused, current_event
+from mphub.store.verify import verify
 from tests.helpers import eventually
 
 pytestmark = pytest.mark.timeout(60)
@@ -233,3 +234,23 @@ def test_history_has_each_event_once_and_how_it_ended_whatever_is_killed(tmp_pat
         rows = list(hub.history())
         assert [row.payload for row in rows] == list(range(6000))
         assert {row.outcomes["notes"].state for row in rows} == {"handled"}
+
+
+def test_a_name_that_is_forgotten_may_begin_again_with_the_earliest(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        slow = hub.subscribe("k", noting(tmp_path / "slow"), name="slow")
+        late = hub.subscribe("k", len, name="late", retry=Retry(max_attempts=1))
+        hub.start()
+        slow.pause()  # so that the rows stay
+        for n in range(20_000):
+            hub.publish("k", str(n))
+        hub.flush()
+        late.unsubscribe(drain=True, forget=True)
+        late = hub.subscribe("k", noting(tmp_path / "late"), name="late", start="earliest")
+        late.pause()
+        os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+        slow.resume()
+        late.resume()
+        hub.drain(40)
+        assert lines(tmp_path / "late") == lines(tmp_path / "slow") == [str(n) for n in range(20_000)]
+    assert verify(tmp_path / "hub").rows["rows"] == 0
