@@ -23,22 +23,9 @@ from mphub.store.folder import NETWORKED, Owner, kind_of, refuse_network
 from mphub.store.journal import Journal
 from mphub.store.verify import verify
 from tests.helpers import eventually
+from tests.notes import Record, lines
 
 pytestmark = pytest.mark.timeout(60)
-
-
-def noting(path: Path) -> Any:
-    """Return a handler that appends what it gets to a file."""
-
-    def note(payload: object) -> None:
-        with open(path, "a") as file:
-            file.write(f"{payload}\n")
-
-    return note
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().split() if path.exists() else []
 
 
 @contextmanager
@@ -53,13 +40,13 @@ def hub_on(folder: Path, **options: Any) -> Iterator[EventHub]:
 def test_what_is_not_handled_waits_for_the_next_run(tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     with hub_on(tmp_path) as hub:
-        sub = hub.subscribe("k", noting(notes), name="notes")
+        sub = hub.subscribe("k", Record(notes), name="notes")
         hub.start()
         sub.pause()
         for n in range(100):
             hub.publish("k", n)
     with hub_on(tmp_path) as hub:
-        hub.subscribe("k", noting(notes), name="notes")
+        hub.subscribe("k", Record(notes), name="notes")
         hub.start()
         hub.publish("k", 100)
         hub.drain(20)
@@ -71,7 +58,7 @@ def test_what_is_not_handled_waits_for_the_next_run(tmp_path: Path) -> None:
 def test_events_wait_for_a_name_that_is_not_subscribed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     notes = tmp_path / "notes"
     with hub_on(tmp_path) as hub:
-        hub.subscribe("k", noting(notes), name="notes")
+        hub.subscribe("k", Record(notes), name="notes")
         hub.start()
     with hub_on(tmp_path) as hub:
         hub.start()
@@ -83,7 +70,7 @@ def test_events_wait_for_a_name_that_is_not_subscribed(tmp_path: Path, caplog: p
     with hub_on(tmp_path) as hub:
         hub.start()
         assert "notes (10 events)" in caplog.text
-        hub.subscribe("k", noting(notes), name="notes")
+        hub.subscribe("k", Record(notes), name="notes")
         hub.drain(20)
     assert lines(notes) == [str(n) for n in range(10)]
 
@@ -139,13 +126,13 @@ def test_delays_attempts_dead_letters_and_snapshots_survive(tmp_path: Path) -> N
         if payload == "later":
             raise RetryLater(1.5)
         if payload == "late":
-            noting(notes)(payload)
+            Record(notes)(payload)
             return
         raise ValueError(payload)
 
     def subscribe(hub: EventHub) -> None:
         hub.subscribe("sum", Sum, name="sum")
-        hub.subscribe("fail", fail if not notes.exists() else noting(notes), name="fail")
+        hub.subscribe("fail", fail if not notes.exists() else Record(notes), name="fail")
 
     with hub_on(tmp_path) as hub:
         subscribe(hub)
@@ -209,7 +196,7 @@ def test_kill_9_of_everything_loses_and_repeats_nothing(tmp_path: Path) -> None:
     process.wait()
     process.stdout.close()
     with hub_on(tmp_path) as hub:
-        hub.subscribe("k", noting(notes), name="notes")
+        hub.subscribe("k", Record(notes), name="notes")
         hub.start()
         hub.drain(30)
         counts = hub.statistics().subscribers["notes"]
@@ -326,7 +313,7 @@ def test_a_read_only_folder_is_told(tmp_path: Path) -> None:
 def test_a_hub_that_survives_power_losses_works_like_any_other(tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     with hub_on(tmp_path, durability="power") as hub:
-        hub.subscribe("k", lambda payload: noting(notes)(len(payload)), name="notes")
+        hub.subscribe("k", lambda payload: Record(notes)(len(payload)), name="notes")
         hub.start()
         for n in (1, 100_000, 3):
             hub.publish("k", bytes(n))

@@ -5,41 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mphub import EventHub, Inbox, InvalidKey, InvalidOption, Reject, Retention, Retry, RetryLater, SubscriberPaused, current_event
+from mphub import EventHub, Inbox, InvalidKey, InvalidOption, Reject, Retention, RetryLater, SubscriberPaused, current_event
 from mphub.store.verify import verify
 from tests.helpers import eventually
+from tests.notes import Record, lines
+from tests.procs.test_durable import hub_on as durable_hub_on
 
 pytestmark = pytest.mark.timeout(60)
 
 
-def noting(path: Path) -> Any:
-    """Return a handler that appends what it gets to a file."""
-
-    def note(payload: object) -> None:
-        with open(path, "a") as file:
-            file.write(f"{payload}\n")
-
-    return note
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().split() if path.exists() else []
-
-
-@contextmanager
-def hub_on(folder: Path, retention: Retention | None = Retention(max_bytes="64MB"), **options: Any) -> Iterator[EventHub]:  # noqa: B008
-    hub = EventHub(folder / "hub", check=False, retention=retention, **options)
-    try:
-        yield hub
-    finally:
-        hub.stop(drain=False)
+hub_on = partial(durable_hub_on, retention=Retention(max_bytes="64MB"))
 
 
 def judge(payload: str) -> None:
@@ -117,7 +97,7 @@ def test_large_payloads_are_in_history_too(tmp_path: Path) -> None:
         hub.drain(20)
         assert hub.statistics().subscribers["len"].handled == 4
         assert [row.payload for row in hub.history()] == [large, large]
-    with hub_on(tmp_path, Retention(max_bytes=1)) as hub:
+    with hub_on(tmp_path, retention=Retention(max_bytes=1)) as hub:
         hub.start()
         hub.publish("k", 1)
         hub.flush()
@@ -126,14 +106,14 @@ def test_large_payloads_are_in_history_too(tmp_path: Path) -> None:
 
 
 def test_old_rows_go_by_bytes_and_by_age(tmp_path: Path) -> None:
-    with hub_on(tmp_path, Retention(max_bytes="1MB")) as hub:
+    with hub_on(tmp_path, retention=Retention(max_bytes="1MB")) as hub:
         hub.start()
         for n in range(5000):
             hub.publish("k", (n, b"x" * 1000))
         hub.flush()
         left = [row.payload[0] for row in hub.history()]
         assert 500 < len(left) < 1100 and left == list(range(5000 - len(left), 5000))
-    with hub_on(tmp_path, Retention(max_age=0.3)) as hub:
+    with hub_on(tmp_path, retention=Retention(max_age=0.3)) as hub:
         hub.start()
         eventually(lambda: not list(hub.history()))
         hub.publish("k", 1)
@@ -143,8 +123,8 @@ def test_old_rows_go_by_bytes_and_by_age(tmp_path: Path) -> None:
 
 def test_a_replay_is_for_one_subscriber_alone(tmp_path: Path) -> None:
     with hub_on(tmp_path) as hub:
-        mine = hub.subscribe("k.*", noting(tmp_path / "mine"), name="mine", inbox=Inbox(maxsize=100))
-        hub.subscribe(">", noting(tmp_path / "other"), name="other")
+        mine = hub.subscribe("k.*", Record(tmp_path / "mine"), name="mine", inbox=Inbox(maxsize=100))
+        hub.subscribe(">", Record(tmp_path / "other"), name="other")
         hub.start()
         for n in range(1000):
             hub.publish(f"k.{n % 2}", n, confirm=n % 50 == 0)  # what is confirmed ends a frame, and so a row
@@ -165,11 +145,11 @@ def test_a_replay_is_for_one_subscriber_alone(tmp_path: Path) -> None:
 
 def test_one_that_begins_with_the_earliest_misses_nothing_whatever_is_killed(tmp_path: Path) -> None:
     with hub_on(tmp_path) as hub:
-        hub.subscribe("k.*", noting(tmp_path / "first"), name="first")
+        hub.subscribe("k.*", Record(tmp_path / "first"), name="first")
         hub.start()
         for n in range(20_000):
             hub.publish(f"k.{n % 3}", n)
-        late = hub.subscribe(["k.1", "k.2"], noting(tmp_path / "late"), name="late", start="earliest", inbox=Inbox(maxsize=2000))
+        late = hub.subscribe(["k.1", "k.2"], Record(tmp_path / "late"), name="late", start="earliest", inbox=Inbox(maxsize=2000))
         for n in range(20_000, 30_000):
             hub.publish(f"k.{n % 3}", n)
             if n in (22_000, 26_000):
@@ -189,10 +169,10 @@ def test_earliest_goes_on_in_the_next_run(tmp_path: Path) -> None:
         hub.start()
         for n in range(12_000):
             hub.publish("k", n)
-        hub.subscribe("k", noting(tmp_path / "late"), name="late", start="earliest").pause()
+        hub.subscribe("k", Record(tmp_path / "late"), name="late", start="earliest").pause()
         hub.publish("k", 12_000)
     with hub_on(tmp_path) as hub:
-        hub.subscribe("k", noting(tmp_path / "late"), name="late", start="earliest")
+        hub.subscribe("k", Record(tmp_path / "late"), name="late", start="earliest")
         hub.start()
         hub.publish("k", 12_001)
         hub.drain(30)
@@ -202,7 +182,7 @@ def test_earliest_goes_on_in_the_next_run(tmp_path: Path) -> None:
 def test_what_is_no_history_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidOption, match=r"EventHub\(retention\): got .* without a path"):
         EventHub(retention=Retention())
-    with hub_on(tmp_path, None) as hub:
+    with hub_on(tmp_path, retention=None) as hub:
         hub.subscribe("k", print, name="p")
         hub.start()
         for asks in (hub.history, hub.subscription("p").replay, lambda: hub.subscribe("k", print, name="q", start="earliest")):
@@ -220,7 +200,7 @@ def test_what_is_no_history_is_refused(tmp_path: Path) -> None:
 
 def test_history_has_each_event_once_and_how_it_ended_whatever_is_killed(tmp_path: Path) -> None:
     with hub_on(tmp_path) as hub:
-        sub = hub.subscribe("k", noting(tmp_path / "notes"), name="notes")
+        sub = hub.subscribe("k", Record(tmp_path / "notes"), name="notes")
         hub.start()
         for n in range(6000):
             hub.publish("k", n)
@@ -238,15 +218,15 @@ def test_history_has_each_event_once_and_how_it_ended_whatever_is_killed(tmp_pat
 
 def test_a_name_that_is_forgotten_may_begin_again_with_the_earliest(tmp_path: Path) -> None:
     with hub_on(tmp_path) as hub:
-        slow = hub.subscribe("k", noting(tmp_path / "slow"), name="slow")
-        late = hub.subscribe("k", len, name="late", retry=Retry(max_attempts=1))
+        slow = hub.subscribe("k", Record(tmp_path / "slow"), name="slow")
+        late = hub.subscribe("k", Record(tmp_path / "early"), name="late")
         hub.start()
         slow.pause()  # so that the rows stay
         for n in range(20_000):
             hub.publish("k", str(n))
         hub.flush()
         late.unsubscribe(drain=True, forget=True)
-        late = hub.subscribe("k", noting(tmp_path / "late"), name="late", start="earliest")
+        late = hub.subscribe("k", Record(tmp_path / "late"), name="late", start="earliest")
         late.pause()
         os.kill(hub.statistics().pids["router"], signal.SIGKILL)
         slow.resume()
