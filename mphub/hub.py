@@ -157,9 +157,7 @@ class EventHub:
         check_choice("EventHub", "engine", engine, ("process", "thread", "inline"))
         check_choice("EventHub", "codec", codec, tuple(CODECS))
         check_choice("EventHub", "durability", durability, ("process", "power"))
-        self._durable = durable_path(path, engine, durability)
-        if retention is not None and self._durable is None:
-            raise InvalidOption(f"EventHub(retention): got {retention!r} without a path, a hub in memory; expected EventHub('folder', ...)")
+        self._durable = durable_path(path, engine, durability, retention)
         if initializer is not None and not callable(initializer):
             raise InvalidOption(f"EventHub(initializer): got {initializer!r:.60}; expected a function without arguments")
         check_choice("EventHub", "unmatched", unmatched, ("warn", "ignore"))
@@ -177,7 +175,9 @@ class EventHub:
         self._power = durability == "power"
         self._capacity = boot.capacity(parent) if self._durable is None else boot.capacity(self._durable, durable=True)
         self._max_bytes = parse_share(max_bytes, self._capacity)
-        self._retention = retention and in_bytes(retention, self._capacity)
+        self._retention = retention and msgspec.structs.replace(
+            retention, max_bytes=parse_share(retention.max_bytes, self._capacity, "Retention(max_bytes)")
+        )
         self._propagate = engine == "inline" if propagate is None else propagate
         folder = parent / f"mphub-{os.getuid()}-{os.urandom(4).hex()}"
         born, largest = psutil.Process().create_time(), int(self._max_bytes * ADMIT)
@@ -988,25 +988,21 @@ _hubs: weakref.WeakSet[EventHub] = weakref.WeakSet()
 os.register_at_fork(after_in_child=_leave_the_short_way)
 
 
-def durable_path(path: str | os.PathLike[str] | None, engine: str, durability: str) -> Path | None:
+def durable_path(path: str | os.PathLike[str] | None, engine: str, durability: str, retention: Retention | None) -> Path | None:
     """Return the folder of a durable hub.
 
     Raises InvalidOption.
     """
-    if path is None and durability != "process":
-        raise InvalidOption(f"EventHub(durability): got {durability!r} without a path, a hub in memory; expected EventHub('folder', ...)")
     if path is None:
+        for field, value, usual in (("durability", durability, "process"), ("retention", retention, None)):
+            if value != usual:
+                raise InvalidOption(f"EventHub({field}): got {value!r} without a path, a hub in memory; expected EventHub('folder', ...)")
         return None
     if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in os.fspath(path):
         raise InvalidOption(f"EventHub(path): got {path!r:.80}; expected a folder, or None for a hub in memory")
     if engine != "process":
         raise InvalidOption(f"EventHub(path): got {str(path)!r} with engine={engine!r}, which keeps events in memory; use engine='process'")
     return Path(path).absolute()
-
-
-def in_bytes(retention: Retention, total: int) -> Retention:
-    """Return it with bytes in place of a percentage."""
-    return msgspec.structs.replace(retention, max_bytes=parse_share(retention.max_bytes, total, "Retention(max_bytes)"))
 
 
 def default_name() -> str:

@@ -50,9 +50,9 @@ def events_of(row: PastRow, blobs: Blobs, codec: Codec) -> Iterator[HistoryRow]:
 
 def outcomes_of(row: PastRow, index: int) -> dict[str, Outcome]:
     outcomes = {name: Outcome("waiting") for name, spans in row.matched.items() if spans is None or contains(spans, index)}
-    for end in row.ends:
-        if end.first <= index < end.behind:
-            outcomes[end.subscriber] = Outcome(end.state, end.reason, end.attempts, end.seconds, end.at)
+    for subscriber, first, end in row.ends:
+        if first <= index < end.behind:
+            outcomes[subscriber] = Outcome(end.state, end.reason, end.attempts, end.seconds, end.at)
     return outcomes
 
 

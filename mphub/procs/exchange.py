@@ -91,7 +91,8 @@ class Exchange:
     ) -> None:
         self.clock = clock
         self.journal, self.blobs, self.max_bytes = journal, blobs, max_bytes
-        self.references = References(blobs, synced=journal.synced)
+        self.history = History(self, retention)
+        self.references = References(blobs, synced=journal.synced, kept=self.history.has_file)
         self.admitted = int(max_bytes * ADMIT)
         self.boxes: dict[str, Mailbox] = {}
         self.full: set[Mailbox] = set()
@@ -116,7 +117,7 @@ class Exchange:
         self.told: int | None = None
         """The delivery number of the failure in the report at hand that is raised to its caller (inline)."""
         self.letters, self.room, self.withdrawals, self.taps = Letters(self), Room(self), Withdrawals(self), Taps()
-        self.history, self.replays = History(self, retention), Replays(self)
+        self.replays = Replays(self)
         self.next_row = 1
         self.left: dict[int, int] = {}
         self._rows: WeakValueDictionary[int, Row] = WeakValueDictionary()
@@ -369,8 +370,7 @@ class Exchange:
         if self.taps.listeners:
             self.taps.note(batch, header, body)
         self.references.hold(batch.blob)
-        if self.history.retention is not None:
-            self.history.keep(row, matched)
+        self.history.keep(row, matched)
         taken = {box: portion for box, portion in portions_of(row, matched) if self._admit(box, portion)}
         if batch.extras is not None and (apart := set_apart(batch.extras, self.clock())):
             taken = {box: portion for box, portion in taken.items() if self._set_apart(box, portion, apart)}
@@ -606,7 +606,7 @@ class Exchange:
             self.withdrawals.came_back(box)
         if report.ran:
             delivery.credit.measured(report.ran, report.seconds)
-            box.samples.append(report.seconds / report.ran)
+            box.samples.append(seconds)
         return bool(finished or failed or filtered)
 
     def _fail(self, box: Mailbox, portion: Portion, index: int, failure: Failure, now: float) -> None:

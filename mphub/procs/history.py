@@ -19,8 +19,8 @@ from mphub.core.spans import Spans, indexes, spans_of
 from mphub.core.window import Portion
 from mphub.options import Retention
 from mphub.procs.mailbox import Named
-from mphub.store.journal import Dead, End, Past, on_disk
-from mphub.wire.frames import Batch, EndOf, PastRow, decoder, encode, join, split
+from mphub.store.journal import Dead, Past, on_disk
+from mphub.wire.frames import Batch, End, PastRow, decoder, encode, join, split
 
 if TYPE_CHECKING:
     from mphub.procs.exchange import Exchange
@@ -67,10 +67,7 @@ class History:
     def load(self) -> None:
         if (found := self.journal.get("meta", b"history")) is not None:
             self._written = self.bytes, self._at, self._names = _books.decode(found)
-        for key, value in islice(self.journal.scan("history"), 1):
-            self._begin_with(number_of(key), _past.decode(value))
-        for _, name in self.journal.scan("history_blobs"):
-            self.exchange.references.keep(name.decode())
+        self._find_first()
 
     def write(self) -> None:
         """Write its own books, and let go what is too much; to be called before the commit."""
@@ -97,11 +94,14 @@ class History:
         for name in set(row.batch.keys):
             self.journal.put("history_keys", self._digest(name) + key, b"")
         if row.batch.blob is not None:
-            self.exchange.references.keep(row.batch.blob)
-            self.journal.put("history_blobs", key, row.batch.blob.encode())
+            self.journal.put("history_blobs", row.batch.blob.encode(), b"")
         self._added += 1
         if not self.first:
             self._begin_with(row.id, past)
+
+    def has_file(self, name: str) -> bool:
+        """Say whether a file is needed here, whoever else needs it."""
+        return self.journal.get("history_blobs", name.encode()) is not None
 
     def _tick(self) -> float:
         """Return the time, later than that of all before: rows are found by it, and the last of several ends is the valid one."""
@@ -171,16 +171,19 @@ class History:
 
     def _trim(self, most: int) -> None:
         """Let the oldest rows go."""
-        for key, value in list(islice(self.journal.scan("history"), most)):
-            past = _past.decode(value)
-            self._begin_with(number_of(key), past)
+        for _ in range(most):
             if not self._is_too_much():
                 return
-            self._remove(key, value, past)
+            key, value = next(self.journal.scan("history"))
+            self._remove(key, value, _past.decode(value))
+            self._find_first()
+        self.due = 0.0 if self._is_too_much() else self.due  # the rest in the next turn, though nothing arrives
+
+    def _find_first(self) -> None:
+        """Note which row is the oldest now."""
         self.first, self.due = 0, inf
         for key, value in islice(self.journal.scan("history"), 1):
             self._begin_with(number_of(key), _past.decode(value))
-            self.due = 0.0 if self._is_too_much() else self.due  # the rest in the next turn, though nothing arrives
 
     def _begin_with(self, number: int, past: Past) -> None:
         self.first = number
@@ -196,7 +199,7 @@ class History:
             self.journal.delete("history_ends", each)
             self.bytes -= on_disk(end)
         if past.batch.blob is not None:
-            self.journal.delete("history_blobs", key)
+            self.journal.delete("history_blobs", past.batch.blob.encode())
             self.exchange.references.let_go(past.batch.blob)
 
     def _remove_key(self, digest: bytes, row: bytes, name: str) -> None:
@@ -282,8 +285,7 @@ class History:
         ends = [(names[box], first, end) for box, first, end in self._ends(number) if box in names]
         whole = spans == [(0, past.batch.count)] or past.batch.blob is not None
         body = past.body if whole else blanked(past.body, spans)
-        told = [EndOf(name, first, *msgspec.structs.astuple(end)) for name, first, end in ends]
-        return encode(PastRow(number, past.at, past.batch, spans, body, matched, told))
+        return encode(PastRow(past.at, past.batch, spans, body, matched, ends))
 
 
 @dataclass

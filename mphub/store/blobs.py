@@ -10,7 +10,7 @@ import mmap
 import os
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mphub import failpoints
@@ -159,8 +159,8 @@ def write_all(file: io.FileIO, piece: bytes | memoryview) -> None:
 class References:
     """Who still needs which blob: a file goes after the commit that ends the last reference to it."""
 
-    def __init__(self, blobs: Blobs, *, synced: bool = False) -> None:
-        """``synced``: they are on the disk before the commit that names them."""
+    def __init__(self, blobs: Blobs, *, synced: bool = False, kept: Callable[[str], bool] = lambda _: False) -> None:
+        """``synced``: they are on the disk before the commit that names them. ``kept``: which files stay though nobody refers to them."""
         self.blobs, self.synced = blobs, synced
         self.bytes = 0
         self.new: list[str] = []
@@ -168,8 +168,7 @@ class References:
         self._held: dict[str, tuple[int, int]] = {}
         """name -> (references, bytes)."""
         self._of_row: dict[int, str] = {}
-        self._kept: set[str] = set()
-        """Files that history needs, whoever else does."""
+        self._is_kept = kept
         self.ended: list[str] = []
         """Files that go after the commit."""
 
@@ -203,17 +202,11 @@ class References:
             self._held[name] = (count - 1, size)
         else:
             self.bytes -= size
-            if name not in self._kept:
-                self.ended.append(name)
-
-    def keep(self, name: str) -> None:
-        """Let a file stay for history: it counts no more as used once nobody else needs it."""
-        self._kept.add(name)
+            self.let_go(name)
 
     def let_go(self, name: str) -> None:
-        """End what ``keep`` has begun."""
-        self._kept.discard(name)
-        if name not in self._held:
+        """Let a file go with the next commit, unless it is needed."""
+        if name not in self._held and not self._is_kept(name):
             self.ended.append(name)
 
     def end(self, name: str | None) -> None:
@@ -223,7 +216,8 @@ class References:
 
     def end_of_writer(self, writer: int) -> None:
         """Let go what a dead writer left and nothing refers to."""
-        self.ended.extend(name for name in self.blobs.of_writer(writer) if name not in self._held and name not in self._kept)
+        for name in self.blobs.of_writer(writer):
+            self.let_go(name)
 
     def sync(self) -> None:
         """Put on the disk what is named for the first time; to be called before the commit."""

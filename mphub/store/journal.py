@@ -185,18 +185,6 @@ class Past(msgspec.Struct, array_like=True, frozen=True, gc=False):
     body: bytes
 
 
-class End(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """How some events of a row ended for one subscriber: those from the index in its key on."""
-
-    behind: int
-    """The index behind the last of them."""
-    state: str
-    reason: str
-    attempts: int
-    seconds: float
-    at: float
-
-
 class Lasting(Protocol):
     """What can be changed in turns."""
 

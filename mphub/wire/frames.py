@@ -328,11 +328,9 @@ class TappedRaw(Wire, frozen=True):
     blob: str | None = None
 
 
-class EndOf(Wire, frozen=True):
-    """How some events of a row ended for a subscriber."""
+class End(Wire, frozen=True):
+    """How some events of a row ended for a subscriber; the first of them is told beside it."""
 
-    subscriber: str
-    first: int
     behind: int
     """The index behind the last of them."""
     state: str
@@ -345,7 +343,6 @@ class EndOf(Wire, frozen=True):
 class PastRow(Wire, frozen=True):
     """Events of one frame as history has them."""
 
-    number: int
     at: float
     batch: Batch
     spans: list[tuple[int, int]]
@@ -353,8 +350,8 @@ class PastRow(Wire, frozen=True):
     body: bytes
     matched: dict[str, list[tuple[int, int]] | None]
     """subscriber -> spans of the events that were for it (None: all)."""
-    ends: list[EndOf]
-    """As it happened: the last one that names an event counts."""
+    ends: list[tuple[str, int, End]]
+    """(subscriber, first event, how it ended), as it happened: the last one that names an event counts."""
 
 
 class Failure(Wire, frozen=True):
