@@ -66,17 +66,20 @@ class Walk:
         (size,) = struct.unpack_from("<I", data, HEAD.size + META.size)  # where the first tree has its padding
         self.page = size if magic == MAGIC and version == VERSION else mmap.PAGESIZE
         """Bytes of a page: those of the machine that made the file."""
-        self.used: set[int] = set()
+        self.used = bytearray()
+        """A byte for each page: a file may have millions, and a set of numbers would take more memory than a hub."""
 
     def run(self) -> None:
         metas = [found for place in (0, 1) if (found := self._meta(place)) is not None]
         if not metas:
             raise DamagedError("neither of its first pages is whole")
         _, self.last, free, main = max(metas, key=lambda meta: meta[0])
+        there = len(self.data) // self.page
+        self.used = bytearray(there)
         freed = [page for _, value in self._entries(free) for page in self._list(value)]
         for _ in self._entries(main):
             pass
-        if len(freed) != len(set(freed)) or self.used & set(freed) or max(freed, default=0) > self.last:
+        if len(freed) != len(set(freed)) or max(freed, default=0) > self.last or any(self.used[page] for page in freed if page < there):
             raise DamagedError("pages are both used and free")
 
     def _meta(self, place: int) -> tuple[int, int, Tree, Tree] | None:
@@ -133,8 +136,7 @@ class Walk:
         pages = lower | upper << 16
         if kind != OVERFLOW or pages != (HEAD.size + length + self.page - 1) // self.page:
             raise DamagedError(f"page {page} is not the value that it was")
-        for other in range(page + 1, page + pages):
-            self._use(other)
+        self._use(page + 1, pages - 1)
         counts[OVERFLOW] += pages
         start = page * self.page + HEAD.size
         return self.data[start : start + length]
@@ -146,7 +148,8 @@ class Walk:
             raise DamagedError(f"page {page} was not written")
         return kind, lower, upper
 
-    def _use(self, page: int) -> None:
-        if page in self.used or not 2 <= page <= self.last or (page + 1) * self.page > len(self.data):
+    def _use(self, page: int, count: int = 1) -> None:
+        end = page + count
+        if not 2 <= page <= end <= min(self.last + 1, len(self.used)) or any(self.used[page:end]):
             raise DamagedError(f"page {page} is used twice, or not there")
-        self.used.add(page)
+        self.used[page:end] = b"\1" * count
