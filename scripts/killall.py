@@ -42,7 +42,7 @@ from soak import (
     send,
 )
 
-from mphub import JournalError
+from mphub import JournalError, Retention
 from mphub.procs.boot import recorded
 from mphub.store.verify import verify
 
@@ -54,6 +54,8 @@ PAUSE = 0.003
 """Seconds between two kills of a round, at most."""
 RATE = 20_000.0
 """Events a second of each publisher, at most."""
+KEPT = Retention(max_bytes="20MB")
+"""History, of which there is more than that after some rounds: it grows and goes beside all else."""
 STARTS_WITHIN = 30.0
 ENDS_WITHIN = 300.0
 
@@ -63,7 +65,7 @@ ENDS_WITHIN = 300.0
 
 def run(folder: Path, durability: str, round_: int) -> None:
     """Be the program of a round: publish until killed."""
-    hub = make_hub(folder, path=folder / "hub", durability=durability)
+    hub = make_hub(folder, path=folder / "hub", durability=durability, retention=KEPT)
     hub.start()
     FORK.Process(target=publish_numbers, args=(hub, folder, 2 * round_ + 1, RATE, threading.Event()), daemon=True).start()
     publish_numbers(hub, folder, 2 * round_, RATE, threading.Event())
@@ -71,7 +73,7 @@ def run(folder: Path, durability: str, round_: int) -> None:
 
 def finish(folder: Path, durability: str) -> None:
     """Be the program of the last round: handle what is left, and print (what is wrong with the books, what was counted)."""
-    hub = make_hub(folder, path=folder / "hub", durability=durability)
+    hub = make_hub(folder, path=folder / "hub", durability=durability, retention=KEPT)
     with hub:
         hub.drain(ENDS_WITHIN)
         counted = hub.request("out", None, to="count").result(30)
