@@ -14,7 +14,16 @@ import steps
 
 from tests.helpers import eventually
 
-SMALL = {"start-8": 1, "recycle": 3000, "idle-cpu": 100, "idle-uss": 1, "array-4-memory": 5, "backlog": 5000, "sharing-10000": 100}
+SMALL = {
+    "start-8": 1,
+    "recycle": 3000,
+    "idle-cpu": 100,
+    "idle-uss": 1,
+    "array-4-memory": 5,
+    "backlog": 5000,
+    "sharing-10000": 100,
+    "history-10M": 2000,
+}
 """Events of a run; what is not here, a test of its own measures."""
 NOBODY = 2**22 + 1
 """No process has so high a number."""
