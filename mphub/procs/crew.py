@@ -271,9 +271,9 @@ class Crew(Way):
                 raise job.error
             if self._settle(job):
                 self._give_back(with_what_comes=True)
-            elif len(self.worker.failures) >= MANY_FAILURES:
-                self._report()
             self._go_on_behind(job)
+            if len(self.worker.failures) >= MANY_FAILURES:
+                self._report()
         if time.monotonic() >= self._report_at():
             self._report()
 

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextvars import Context, copy_context
 from functools import partial
 from math import inf
@@ -47,15 +47,13 @@ _members, _crowded = decoder(Members), decoder(Crowded)
 class Guest:
     """One of the subscribers that share this process."""
 
-    __slots__ = ("behind", "joined", "named", "plain", "runner", "running", "work")
+    __slots__ = ("behind", "joined", "named", "runner", "running", "work")
 
     def __init__(self, joined: Joined) -> None:
         self.joined = joined
         self.work: handlers.Work | None = None
         self.runner: Runner | None = None
         """None: it could not be set up, or is gone."""
-        self.plain = False
-        """Nobody wants its results, and it wants all events."""
         self.running: Share | None = None
         self.behind: deque[Share] = deque()
         """What comes after that."""
@@ -66,7 +64,10 @@ class Guest:
 class Share(Job):
     """An event for one of them."""
 
-    __slots__ = ("guest",)
+    __slots__ = ("guest", "runner", "work")
+    runner: Runner
+    """What it begins with: its subscriber may be replaced meanwhile."""
+    work: handlers.Work
 
     def __init__(self, parcel: SharedParcel, place: int, number: int, guest: Guest) -> None:
         super().__init__(parcel, place, number)
@@ -76,6 +77,20 @@ class Share(Job):
     def attempt(self) -> int:
         assert isinstance(self.parcel, SharedParcel)
         return self.parcel.attempt_of(self.number)
+
+
+class Visit(Share):
+    """A subscriber that sets up or tears down: what it publishes is of no event."""
+
+    __slots__ = ()
+
+    def __init__(self, guest: Guest, outputs: Outputs) -> None:
+        self.guest, self.outputs = guest, outputs
+        self.thread, self.is_open = threading.get_ident(), True
+
+    @property
+    def epoch(self) -> int:
+        return 0
 
 
 class Hosting(Crew):
@@ -111,10 +126,9 @@ class Hosting(Crew):
 
     def finish(self) -> None:
         """Let all of them tear down."""
-        self.left += [(guest, guest.runner) for guest in self.guests.values() if guest.runner is not None]
-        for _, runner in self.left:
-            if runner.subscriber is not None:
-                runner.subscriber.teardown()
+        for guest in self.guests.values():
+            self._let_go(guest)
+        self._tear_down()
         self.loop.close()
 
     def _is_complete(self, got: Frame) -> bool:
@@ -126,15 +140,32 @@ class Hosting(Crew):
 
     def _meet(self, members: Members) -> None:
         """Set up who is new, or is to be set up anew; let go of who is gone."""
-        before, holder.context = holder.context, self.worker  # what they publish now belongs to no event
         for joined in members.members:
-            guest = self.guests.setdefault(joined.number, Guest(joined))
+            guest = self.guests.setdefault(joined.number, Guest(joined))  # for ever: crowds have it, and it may come again
             if not joined.patterns:
-                self._let_go(self.guests.pop(joined.number))
-            elif guest.work is None or guest.joined.version != joined.version:
+                self._let_go(guest)
+            elif guest.runner is None or guest.joined.version != joined.version:
                 self._set_up(guest, joined)
-        self.worker.commit_outputs()
-        holder.context = before
+        self._commit_outputs()
+
+    def _commit_outputs(self) -> None:
+        """Report what was published for no event."""
+        if self.worker.outputs.size:
+            self._report()
+
+    @contextlib.contextmanager
+    def _visit(self, guest: Guest) -> Iterator[None]:
+        """Let a subscriber publish what is of no event, while those of others go on; if it raises nothing of that counts."""
+        outputs = self.worker.outputs
+        before, token = holder.context, current.set(Visit(guest, outputs))
+        holder.context = self
+        try:
+            yield
+            outputs.keep(0)
+        finally:
+            outputs.fresh.clear()
+            current.reset(token)
+            holder.context = before
 
     def _set_up(self, guest: Guest, joined: Joined) -> None:
         """Load its handler, or say why that cannot be done: the others go on."""
@@ -142,26 +173,42 @@ class Hosting(Crew):
         guest.joined = msgspec.structs.replace(joined, handler=b"")
         self.pool.most = max(self.pool.most, joined.concurrency)
         try:
-            guest.work = work = handlers.loads(self.worker.blobs.read(joined.blob) if joined.blob else joined.handler)
+            work = handlers.loads(self.worker.blobs.read(joined.blob) if joined.blob else joined.handler)
             runner = handlers.load(work, joined.name)
             if runner.subscriber is not None:
-                runner.subscriber.setup()
+                with self._visit(guest):
+                    runner.subscriber.setup()
         except Exception as error:
             unable = Unable(joined.number, codec.encode_error(error), codec.traceback_text(error))
             self.worker.send(frames.UNABLE, encode(unable))
             return
-        guest.runner, guest.plain = runner, work.to is None and runner.wants is None
+        guest.runner, guest.work = runner, work
+        if guest.running is None and guest.behind:
+            self._call_next(guest)
 
     def _let_go(self, guest: Guest) -> None:
+        """Start nothing more with what it is now; what has not begun is for what comes then, or goes back."""
         if guest.runner is not None:
             self.left.append((guest, guest.runner))
-        guest.runner = None
+        guest.runner = guest.work = None
+        if guest.running is not None and self.pool.take_out(guest.running):
+            guest.behind.appendleft(guest.running)
+            self.waiting.add(guest)
+            guest.running = None
+            self.running -= 1
 
     def _tear_down(self) -> None:
+        """Let those who have left and run nothing tear down; one that cannot concerns no other."""
         for guest, runner in [(guest, runner) for guest, runner in self.left if guest.running is None]:
             self.left.remove((guest, runner))
-            if runner.subscriber is not None:
-                runner.subscriber.teardown()
+            if runner.subscriber is None:
+                continue
+            try:
+                with self._visit(guest):
+                    runner.subscriber.teardown()
+            except Exception:
+                runner.subscriber.log.exception("teardown has failed")
+        self._commit_outputs()
 
     # -- the stream
 
@@ -170,7 +217,7 @@ class Hosting(Crew):
             self._meet(_members.decode(got[1]))
         elif got[0] == frames.CROWD:
             crowd = _crowded.decode(got[1])
-            self.crowds[crowd.id] = [self.guests.get(number) or Guest(Joined(number, 0, "", b"")) for number in crowd.members]
+            self.crowds[crowd.id] = [self.guests.setdefault(number, Guest(Joined(number, 0, "", b""))) for number in crowd.members]
             if not crowd.members:
                 del self.crowds[crowd.id]
         else:
@@ -222,11 +269,13 @@ class Hosting(Crew):
 
     def _begin(self, job: Job) -> bool:
         """Begin with an event; say whether that is left to the caller."""
-        assert isinstance(job, Share) and job.guest.runner is not None
-        job.guest.running = job
+        assert isinstance(job, Share)
+        guest = job.guest
+        assert guest.runner is not None and guest.work is not None
+        guest.running, job.runner, job.work = job, guest.runner, guest.work
         self.running += 1
         job.outputs = self.spare.pop() if self.spare else Outputs(random_id(), self.worker.blobs, self.worker.address.largest)
-        if not job.guest.runner.is_async:
+        if not job.runner.is_async:
             self.pool.put(job)
             return False
         self.open_up(job)
@@ -261,12 +310,15 @@ class Hosting(Crew):
         guest = job.guest
         guest.running = None
         if guest.behind:
-            self.coming.appendleft(guest.behind.popleft())
-            if not guest.behind:
-                self.waiting.discard(guest)
+            self._call_next(guest)
         elif guest.named:
             guest.named = time.perf_counter() - job.began >= SLOW
             (self.worker.next if guest.named else self.worker.free).append(guest.joined.number)
+
+    def _call_next(self, guest: Guest) -> None:
+        self.coming.appendleft(guest.behind.popleft())
+        if not guest.behind:
+            self.waiting.discard(guest)
 
     def _name_slow(self) -> None:
         """Give back what waits behind long events: it would take the room of others'."""
@@ -301,11 +353,14 @@ class Hosting(Crew):
 
     def runner_of(self, job: Job) -> Runner:
         assert isinstance(job, Share)
-        return job.guest.runner or GONE
+        return job.runner
 
     def work_of(self, job: Job) -> handlers.Work:
-        assert isinstance(job, Share) and job.guest.work is not None
-        return job.guest.work
+        assert isinstance(job, Share)
+        return job.work
+
+    def current_events(self) -> list[Event]:
+        return [] if isinstance(current.get(), Visit) else super().current_events()
 
     def request(self, key: str, payload: object, target: str | None, extra: Extra | None = None) -> Reply[object]:
         job = current.get()
@@ -316,9 +371,6 @@ class Hosting(Crew):
     def event_of(self, job: Job) -> Event:
         assert isinstance(job.parcel, SharedParcel)
         return job.parcel.event_for(job.place, job.attempt, cancelled=self.worker.board.is_cancelled(job.number))
-
-
-_, GONE = handlers.nothing()
 
 
 class Turns(Loop):
@@ -348,8 +400,10 @@ class Turns(Loop):
 
     async def _run(self, turn: object) -> None:
         """Run events until one of them has waited for something, or it is others' turn."""
-        host, until = self.host, time.perf_counter() + TURN
-        while self.turn is turn and time.perf_counter() < until and (job := host.next()) is not None:
+        host, until, task = self.host, time.perf_counter() + TURN, asyncio.current_task()
+        assert task is not None
+        # a coroutine that cancels the task without waiting means itself, not who comes next
+        while self.turn is turn and not task.cancelling() and time.perf_counter() < until and (job := host.next()) is not None:
             job.thread = self.thread
             try:
                 context = copy_context()
@@ -372,15 +426,14 @@ class Turns(Loop):
             result = end.value
         else:
             result = await Rest(context, coroutine, waits)
-        if not job.guest.plain or job.parcel.deliver.batch.reply:
+        if job.work.to is not None or job.parcel.deliver.batch.reply:
             self.host.keep(job, result)
 
     def _begin(self, job: Share) -> Coroutine[Any, Any, Any] | None:
         """Make the coroutine, in its own context, unless the event is not wanted."""
         current.set(job)
-        assert job.guest.runner is not None
         payload = self.host.load(job)
-        coroutine: Coroutine[Any, Any, Any] | None = job.guest.runner.function(payload) if job.wanted else None
+        coroutine: Coroutine[Any, Any, Any] | None = job.runner.function(payload) if job.wanted else None
         return coroutine
 
 
@@ -430,6 +483,14 @@ class Pool:
                 return
             self.threads += 1
 
+    def take_out(self, job: Share) -> bool:
+        """Take an event out again, if no thread has begun with it."""
+        try:
+            self.jobs.remove(job)
+        except ValueError:
+            return False
+        return True
+
     def take_back(self) -> list[Share]:
         """Take out what no thread has begun with."""
         taken: list[Share] = []
@@ -450,10 +511,9 @@ class Pool:
     def _handle(self, job: Share) -> None:
         host = self.host
         job.thread = threading.get_ident()
-        runner = job.guest.runner or GONE
         host.open_up(job)
         try:
-            copy_context().run(self._call, runner, job)
+            copy_context().run(self._call, job)
         except BaseException as error:
             job.error = error
         host.leave(job)
@@ -461,8 +521,8 @@ class Pool:
             host.is_woken = True
             host.loop.call_soon_threadsafe(host.loop.stop)
 
-    def _call(self, runner: Runner, job: Share) -> None:
+    def _call(self, job: Share) -> None:
         current.set(job)
         payload = self.host.load(job)
         if job.wanted:
-            self.host.keep(job, runner.call(payload))
+            self.host.keep(job, job.runner.call(payload))

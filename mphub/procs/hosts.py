@@ -220,7 +220,7 @@ class Host(Mailbox):
             for member, handled in zip(crowd.members, crowd.handled_each(), strict=True):
                 books[member].accepted += crowd.accepted
                 books[member].handled += handled
-        each = self.counters.seconds / max(1, self.counters.handled)
+        each = self.counters.seconds / max(1, sum(found.handled + found.failed for found in books.values()))
         return {
             member.name: {
                 **found.public(),

@@ -87,7 +87,6 @@ class Sharing:
             self._close(member)
         else:
             self.exchange.journal.delete("subscribers", b"t" + name.encode())
-            member.state.cursor += 1
             self._open(member)
         self.exchange.touch(member.changed_box())
         return member

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import mphub
-from mphub import EventHub, Restart, Retry
+from mphub import EventHub, Restart, Retry, Subscriber
 from tests.helpers import eventually, let_die
 from tests.notes import lines, note
 
@@ -121,3 +121,60 @@ def test_the_books_add_up_whatever_dies_however_often(tmp_path: Path) -> None:
         assert {name: (s.handled, s.waiting, s.running, s.dead) for name, s in found.items()} == {
             n: (c, 0, 0, 0) for n, c in expected.items()
         }
+
+
+@pytest.mark.parametrize("works", [True, False], ids=["sets up", "fails to"])
+def test_a_router_that_dies_while_one_sets_up_loses_nothing_of_that_and_repeats_nothing(works: bool, tmp_path: Path) -> None:
+    class Late(Subscriber[int, None]):
+        def setup(self) -> None:
+            if not (tmp_path / "killed").exists():
+                (tmp_path / "killed").touch()
+                kill(int((tmp_path / "router").read_text()))
+                mphub.publish("out", 1)
+            if not works:
+                raise ValueError
+
+        def handle(self, n: int) -> None: ...
+
+    async def occupy(n: int) -> None:
+        note(tmp_path / "log", n)
+        while not (tmp_path / "go").exists():
+            time.sleep(0.001)  # this process reads nothing before the other one has come
+
+    hub = EventHub(check=False)
+    hub.subscribe("k", occupy, process="one")
+    out = hub.subscribe("out", lambda n: None, name="out", process="two")
+    with hub:
+        hub.publish("k", 1)
+        assert eventually(lambda: lines(tmp_path / "log") == ["1"])
+        (tmp_path / "router").write_text(str(hub.statistics().pids["router"]))
+        late = hub.subscribe("late", Late, process="one")
+        (tmp_path / "go").touch()
+        assert eventually((tmp_path / "killed").exists)
+        assert eventually(lambda: late.state == ("RUNNING" if works else "FATAL"))
+        assert eventually(lambda: out.statistics().handled == int(works))  # no event is behind that, so no drain waits for it
+        hub.drain(20)
+        assert (lines(tmp_path / "log"), out.statistics().handled) == (["1"], int(works))
+
+
+def test_one_that_was_fatal_when_its_process_began_gets_what_comes_for_all_once_it_is_mended(tmp_path: Path) -> None:
+    class Model(Subscriber[int, None]):
+        def setup(self) -> None:
+            if (tmp_path / self.name).exists():
+                raise ValueError
+
+        def handle(self, n: int) -> None: ...
+
+    hub = EventHub(check=False)
+    first = hub.subscribe("k", Model, name="first", process="one")
+    with hub:
+        (tmp_path / "second").touch()
+        second = hub.subscribe("k", Model, name="second", process="one")
+        assert eventually(lambda: second.state == "FATAL")
+        kill(first.statistics().pids[0])
+        hub.publish("k", 1)
+        assert eventually(lambda: first.statistics().handled == 1)
+        (tmp_path / "second").unlink()
+        second.restart()
+        hub.publish("k", 2)
+        assert [one.handled for one in hub.drain(20).subscribers.values()] == [2, 2]

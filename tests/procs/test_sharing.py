@@ -16,7 +16,9 @@ import pytest
 import mphub
 from mphub import Batch, EventHub, Inbox, InvalidOption, Limits, Rate, Recycle, Restart, Snapshot, Subscriber
 from mphub.procs.exchange import Exchange
+from mphub.procs.hosting import SLOW
 from mphub.procs.hosts import MANY, Host
+from mphub.procs.one_by_one import MANY_FAILURES
 from mphub.store.blobs import Blobs
 from mphub.store.journal import Journal
 from mphub.wire.frames import Batch as Frame
@@ -214,3 +216,180 @@ def test_those_who_come_and_go_leave_no_more_than_their_books(tmp_path: Path) ->
     assert {name: (one["accepted"], one["unfinished"]) for name, one in host.public().items()} == {
         f"s{n}": (count - n, 0) for n in range(count)
     }
+
+
+def wait_for(path: Path) -> None:
+    assert eventually(path.exists)
+
+
+def test_one_that_leaves_and_comes_again_gets_what_comes_for_all() -> None:
+    hub = EventHub()
+    hub.subscribe("k", abs, name="first", process="one")
+    again = hub.subscribe("k", abs, name="again", process="one")
+    with hub:
+        hub.publish("k", 1)
+        again.unsubscribe()
+        again = hub.subscribe("k", abs, name="again", process="one")
+        hub.publish("k", 2)
+        assert [one.handled for one in hub.drain(10).subscribers.values()] == [2, 2]
+
+
+def test_what_waits_for_a_thread_is_handled_by_who_replaces_its_handler(tmp_path: Path) -> None:
+    class Model(Subscriber[int, None]):
+        def setup(self) -> None:
+            if (tmp_path / "busy").exists():  # it replaces the other
+                (tmp_path / "go").touch()
+                wait_for(tmp_path / "idle")
+
+        def handle(self, n: int) -> None:
+            note(tmp_path / "log", n)
+
+    def occupy(n: int) -> None:
+        (tmp_path / "busy").touch()
+        wait_for(tmp_path / "go")
+
+    hub = EventHub()
+    hub.subscribe("busy", occupy, name="occupy", to="idle", process="one")
+    hub.subscribe("busy.after", lambda n: (tmp_path / "idle").touch(), name="after", process="one")
+    hub.subscribe("k", Model, name="model", process="one")
+    with hub:
+        hub.publish("busy", 1)
+        wait_for(tmp_path / "busy")
+        hub.publish("k", 2)
+        hub.publish("busy.after", 3, confirm=True)
+        assert hub.subscription("model").statistics().waiting + hub.subscription("model").statistics().running == 1
+        hub.subscribe("k", Model, name="model", process="one", replace=True)
+        assert hub.drain(10).subscribers["model"].handled == 1
+    assert lines(tmp_path / "log") == ["2"]
+
+
+def test_a_handler_publishes_with_its_event_while_another_one_sets_up(tmp_path: Path) -> None:
+    class Model(Subscriber[int, None]):
+        def setup(self) -> None:
+            (tmp_path / "go").touch()
+            wait_for(tmp_path / "published")
+            mphub.publish("out", "setup")
+
+        def handle(self, n: int) -> None: ...
+
+    def fail(n: int) -> None:
+        (tmp_path / "running").touch()
+        wait_for(tmp_path / "go")
+        mphub.publish("out", mphub.current_event().payload)
+        (tmp_path / "published").touch()
+        raise ValueError
+
+    hub = EventHub(check=False)
+    hub.subscribe("k", fail, process="one", retry=mphub.Retry(1))
+    hub.subscribe("out", lambda text: note(tmp_path / "out", text), name="out")
+    with hub:
+        hub.publish("k", 1)
+        wait_for(tmp_path / "running")
+        hub.subscribe("other", Model, process="one")
+        assert hub.drain(10).subscribers["fail"].dead == 1
+        assert eventually(lambda: lines(tmp_path / "out") == ["setup"])
+        assert [repr(letter.error) for letter in hub.dead_letters()] == ["ValueError()"]
+    assert lines(tmp_path / "out") == ["setup"]
+
+
+def test_a_teardown_that_raises_concerns_no_other(tmp_path: Path) -> None:
+    class Model(Subscriber[int, None]):
+        def handle(self, n: int) -> None: ...
+
+        def teardown(self) -> None:
+            mphub.publish("out", f"{self.name} ends")
+            if self.name in ("first", "third"):
+                raise ValueError(self.name)
+
+    hub = EventHub()
+    first, second, _, fourth = (hub.subscribe("k", Model, name=name, process="one") for name in ("first", "second", "third", "fourth"))
+    hub.subscribe("out", lambda text: note(tmp_path / "out", text), name="out", process="two")
+    with hub:
+        pids = fourth.statistics().pids
+        first.unsubscribe()
+        second.unsubscribe()
+        assert eventually(lambda: lines(tmp_path / "out") == ["second ends"])  # what the other one published does not count
+        assert fourth.request(1).result(5) is None
+        assert (fourth.statistics().pids, fourth.statistics().restarts) == (pids, 0)
+
+
+def test_pause_and_resume_leave_it_as_it_was() -> None:
+    class Counting(Subscriber[int, int]):
+        def setup(self) -> None:
+            self.count = 0
+
+        def handle(self, n: int) -> int:
+            self.count += n
+            return self.count
+
+    hub = EventHub()
+    counting = hub.subscribe("k", Counting, process="one")
+    with hub:
+        assert counting.request(1).result(5) == 1
+        counting.pause()
+        counting.resume()
+        assert counting.request(1).result(5) == 2
+
+
+def test_a_coroutine_that_cancels_its_task_without_waiting_concerns_no_other() -> None:
+    async def cancel(n: int) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+
+    async def wait(n: int) -> None:
+        await asyncio.sleep(0)
+
+    hub = EventHub()
+    for handler in (cancel, wait):
+        hub.subscribe("k", handler, process="one", retry=mphub.Retry(1))
+    with hub:
+        hub.publish_batch("k", range(20))
+        assert {name: one.handled for name, one in hub.drain(10).subscribers.items()} == {"cancel": 20, "wait": 20}
+
+
+def test_a_slow_one_goes_on_though_many_fail_in_the_turn_in_which_it_does(tmp_path: Path) -> None:
+    def member(i: int) -> Any:
+        async def handle(n: int) -> None:
+            if n == 0:
+                note(tmp_path / "log", i)
+                while not (tmp_path / "go").exists():
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.1 + 0.001 * i)
+                raise ValueError(i)
+
+        return handle
+
+    async def block(n: int) -> None:
+        while not (tmp_path / "go").exists():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        time.sleep(0.2)  # all the others are due when this has ended
+
+    hub = EventHub(check=False)
+    hub.subscribe("block", block, process="one")
+    for i in range(MANY_FAILURES):
+        hub.subscribe(f"k.{i}", member(i), name=f"s{i}", process="one", retry=mphub.Retry(1))
+    with hub:
+        hub.publish("block", 0)
+        for i in range(MANY_FAILURES):
+            hub.publish(f"k.{i}", 0)
+        last = f"s{MANY_FAILURES - 1}"
+        assert eventually(lambda: len(lines(tmp_path / "log")) == MANY_FAILURES)
+        hub.publish_batch(f"k.{MANY_FAILURES - 1}", range(1, 4))
+        assert eventually(lambda: hub.subscription(last).statistics().running == 1)
+        time.sleep(2 * SLOW)  # it is slow when it has been at its event for so long, which nothing tells
+        (tmp_path / "go").touch()
+        assert hub.drain(10).subscribers[last].handled == 3
+
+
+def test_its_mean_is_what_an_event_of_its_process_takes() -> None:
+    async def wait(n: int) -> None:
+        await asyncio.sleep(0.01)
+
+    hub = EventHub()
+    for name in "ab":
+        hub.subscribe("k", wait, name=name, process="one")
+    with hub:
+        hub.publish_batch("k", range(20))
+        assert all(0.01 <= one.mean < 0.1 for one in hub.drain(10).subscribers.values())
