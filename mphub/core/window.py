@@ -168,7 +168,7 @@ class Window:
     def drop_waiting(self) -> list[Piece]:
         """Empty the inbox; what the process holds stays."""
         self.gather()
-        pieces = list(self.waiting)
+        pieces = [piece for piece in self.waiting if piece.spans]  # of what waits apart now nothing may be left here
         self.waiting.clear()
         self.loaded = self.loaded_bytes = 0
         self.expires = inf

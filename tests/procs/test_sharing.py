@@ -248,16 +248,20 @@ def test_what_waits_for_a_thread_is_handled_by_who_replaces_its_handler(tmp_path
         (tmp_path / "busy").touch()
         wait_for(tmp_path / "go")
 
+    async def look(n: int) -> None: ...
+
     hub = EventHub()
-    hub.subscribe("busy", occupy, name="occupy", to="idle", process="one")
-    hub.subscribe("busy.after", lambda n: (tmp_path / "idle").touch(), name="after", process="one")
+    hub.subscribe("busy", occupy, name="occupy", process="one")
+    hub.subscribe("after", lambda n: (tmp_path / "idle").touch(), name="after", process="one")
+    look_at = hub.subscribe("look", look, name="look", process="one")
     hub.subscribe("k", Model, name="model", process="one")
     with hub:
         hub.publish("busy", 1)
         wait_for(tmp_path / "busy")
         hub.publish("k", 2)
-        hub.publish("busy.after", 3, confirm=True)
-        assert hub.subscription("model").statistics().waiting + hub.subscription("model").statistics().running == 1
+        hub.publish("after", 3)
+        hub.publish("look", 4)
+        assert eventually(lambda: look_at.statistics().handled == 1)  # so the others wait for the one thread
         hub.subscribe("k", Model, name="model", process="one", replace=True)
         assert hub.drain(10).subscribers["model"].handled == 1
     assert lines(tmp_path / "log") == ["2"]
@@ -393,3 +397,23 @@ def test_its_mean_is_what_an_event_of_its_process_takes() -> None:
     with hub:
         hub.publish_batch("k", range(20))
         assert all(0.01 <= one.mean < 0.1 for one in hub.drain(10).subscribers.values())
+
+
+def test_what_a_busy_process_gives_back_for_one_that_is_paused_ends_with_the_hub(tmp_path: Path) -> None:
+    async def block(n: int) -> None:
+        (tmp_path / "running").touch()
+        wait_for(tmp_path / "go")
+
+    async def pass_by(n: int) -> None: ...
+
+    hub, deaths = EventHub(), []
+    hub.on_notice(lambda notice: deaths.append(notice.message))
+    hub.subscribe("k", block, process="one")
+    paused = hub.subscribe("k", pass_by, name="paused", process="one")
+    hub.start()
+    hub.publish("k", 1)
+    wait_for(tmp_path / "running")
+    paused.pause()
+    threading.Timer(0.2, (tmp_path / "go").touch).start()
+    hub.stop(drain=False)
+    assert (deaths, paused.statistics().dropped) == ([], {"stopped": 1})
