@@ -753,6 +753,8 @@ class Exchange:
             elif box.due <= now:
                 self._load_delayed(box, now)
                 self._expire(box, now)
+                if isinstance(box, Host) and box.aside.fresh:
+                    self.touch(box)
                 if box.quota is not None:
                     box.quota.room(now)
 

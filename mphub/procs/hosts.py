@@ -135,6 +135,11 @@ class Host(Mailbox):
         return list(chain.from_iterable(member.spec.patterns for member in self.present))
 
     @property
+    def due(self) -> float:
+        """At once, if something has been found for members that are given nothing: it may not be kept."""
+        return 0.0 if self.aside.fresh else super().due
+
+    @property
     def maxsize(self) -> int:
         return self.spec.inbox.maxsize * max(1, len(self.members))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mphub.core.aside import sift
-from mphub.core.spans import length
+from mphub.core.spans import Spans, first_of, length, subtract
 from mphub.core.window import Piece
 from mphub.procs.hosts import MANY, Assembly, Host, Member, Target
 from mphub.procs.mailbox import LASTING, Mailbox
@@ -199,22 +199,22 @@ class Sharing:
         room = MOST_ASIDE - aside.kept if aside.fresh else 0
         fresh, aside.fresh = aside.fresh, []
         for member, piece in fresh:
-            if self._ends(host, member, piece, room):
-                window.loaded -= length(piece.spans)
-                window.loaded_bytes -= length(piece.spans) * piece.portion.size
-            else:
+            ended = self._end(host, member, piece, max(0, room))
+            window.loaded -= length(ended)
+            window.loaded_bytes -= length(ended) * piece.portion.size
+            piece.spans = subtract(piece.spans, ended)
+            if piece.spans:
                 aside.lanes[member].put(piece)
                 room -= length(piece.spans)
 
-    def _ends(self, host: Host, member: Member, piece: Piece, room: int) -> bool:
-        portion = piece.portion
+    def _end(self, host: Host, member: Member, piece: Piece, room: int) -> Spans:
+        """End what may not be kept; return that."""
+        portion, ended = piece.portion, piece.spans
         if member.gone:
-            self.exchange.drop(host, portion, piece.spans, "unsubscribed")
+            self.exchange.drop(host, portion, ended, "unsubscribed")
         elif portion.row.batch.reply and member.given_up:
-            self.exchange.fail_request(host, portion, piece.spans)
-        elif room <= 0:
-            self.exchange.letters.bury_untried(host, portion, piece.spans, OVERFLOW)
-            self.exchange.settle(host, portion, piece.spans)
-        else:
-            return False
-        return True
+            self.exchange.fail_request(host, portion, ended)
+        elif ended := subtract(ended, first_of(ended, room)):
+            self.exchange.letters.bury_untried(host, portion, ended, OVERFLOW)
+            self.exchange.settle(host, portion, ended)
+        return ended

@@ -19,6 +19,7 @@ from mphub.procs.exchange import Exchange
 from mphub.procs.hosting import SLOW
 from mphub.procs.hosts import MANY, Host
 from mphub.procs.one_by_one import MANY_FAILURES
+from mphub.procs.sharing import MOST_ASIDE
 from mphub.store.blobs import Blobs
 from mphub.store.journal import Journal
 from mphub.wire.frames import Batch as Frame
@@ -225,7 +226,7 @@ def wait_for(path: Path) -> None:
 def test_one_that_leaves_and_comes_again_gets_what_comes_for_all() -> None:
     hub = EventHub()
     hub.subscribe("k", abs, name="first", process="one")
-    again = hub.subscribe("k", abs, name="again", process="one")
+    again: mphub.Subscription[Any, Any] = hub.subscribe("k", abs, name="again", process="one")
     with hub:
         hub.publish("k", 1)
         again.unsubscribe()
@@ -417,3 +418,17 @@ def test_what_a_busy_process_gives_back_for_one_that_is_paused_ends_with_the_hub
     threading.Timer(0.2, (tmp_path / "go").touch).start()
     hub.stop(drain=False)
     assert (deaths, paused.statistics().dropped) == ([], {"stopped": 1})
+
+
+def test_what_comes_for_one_that_is_paused_alone_is_seen_at_once() -> None:
+    hub = EventHub(check=False)
+    paused: mphub.Subscription[Any, Any] = hub.subscribe("k", abs, name="paused", process="one", concurrency=2)
+    hub.subscribe("other", abs, name="other", process="one")
+    with hub:
+        paused.pause()
+        hub.publish_batch("k", range(MOST_ASIDE + 5000))
+        with pytest.raises(mphub.SubscriberPaused, match="'paused' is PAUSED with work left"):
+            hub.drain(10)
+        assert (paused.statistics().waiting, paused.statistics().dead) == (MOST_ASIDE, 5000)
+        hub.purge()
+        paused.resume()
