@@ -23,7 +23,7 @@ from mphub.core.order import ordering_key
 from mphub.core.spans import Spans, spans_of
 from mphub.events import Event, EventId
 from mphub.procs.handlers import Runner, Work
-from mphub.procs.one_by_one import MANY_FAILURES, REPORT_AFTER
+from mphub.procs.one_by_one import MANY_FAILURES, OUTPUT_BYTES, REPORT_AFTER
 from mphub.procs.outputs import Outputs
 from mphub.procs.parcels import Parcel
 from mphub.procs.ways import Way
@@ -108,6 +108,8 @@ class Crew(Way):
         """(frame, delivery numbers) of what was told to have ended and is not known to be committed."""
         self.end = 0
         """The delivery number behind all that has been read."""
+        self.size = 0
+        """Bytes of outputs and replies that the next report has: thousands of events may end together."""
         self.spare: list[Outputs] = []
         self.dialled: Line | None = None
         """A line on which a welcome is awaited."""
@@ -272,16 +274,19 @@ class Crew(Way):
             if self._settle(job):
                 self._give_back(with_what_comes=True)
             self._go_on_behind(job)
-            if len(self.worker.failures) >= MANY_FAILURES:
+            if len(self.worker.failures) >= MANY_FAILURES or self.size > OUTPUT_BYTES:
                 self._report()
         if time.monotonic() >= self._report_at():
             self._report()
 
     def _collect_last(self) -> None:
         """Report what has ended before this process does."""
-        for job in self.ended:
+        while self.ended:  # to which threads that go on may still add
+            job = self.ended.popleft()
             if job.error is None or not self.worker.is_the_end(job.error):
                 self._settle(job)
+            if self.size > OUTPUT_BYTES:
+                self._report()
         if self.worker.ended:
             self._report()
 
@@ -313,6 +318,7 @@ class Crew(Way):
         except Exception as error:
             del worker.replies[replies:]
             return error
+        self.size += outputs.size + (len(worker.replies[-1].body) if job.answer is not None else 0)
         worker.outputs.kept += outputs.take()
         return None
 
@@ -336,7 +342,7 @@ class Crew(Way):
 
     def _tell(self, upto: int, *, returned: bool = False, still: Spans | None = None) -> None:
         worker, numbers = self.worker, self.worker.ended
-        worker.upto = upto
+        worker.upto, self.size = upto, 0
         worker.report(returned=returned, still=still)
         self.told.append((worker.frame, numbers))
         self._forget_confirmed()

@@ -13,6 +13,7 @@ import pytest
 import mphub
 from mphub import Batch, EventHub, HubError, InvalidOption, PayloadError, Reject, Retry, RetryLater, Snapshot, Subscriber
 from mphub.store.board import SLOTS
+from mphub.wire.frames import MAX_WHOLE
 from tests.helpers import eventually
 from tests.notes import lines, note
 
@@ -263,3 +264,25 @@ def test_concurrency_goes_with_neither_snapshots_nor_batches() -> None:
             hub.subscribe("k", Keeps, concurrency=2, snapshot=snapshot)
     with pytest.raises(InvalidOption, match="concurrency: got 2 with batch="):
         hub.subscribe("k", print, concurrency=2, batch=Batch())
+
+
+def test_events_that_end_together_are_reported_in_frames_that_can_be_sent() -> None:
+    arrived: list[asyncio.Future[None]] = []
+    count, size = 4500, 60_000
+
+    async def publish_much(n: int) -> None:
+        mphub.publish("out", bytes(size))
+        mine = asyncio.get_running_loop().create_future()
+        arrived.append(mine)
+        if len(arrived) == count:
+            for future in arrived:
+                future.set_result(None)
+        await mine
+
+    assert count * size > MAX_WHOLE
+    hub = EventHub(max_bytes="1GB", unmatched="ignore")
+    much = hub.subscribe("k", publish_much, concurrency=count)
+    with hub:
+        hub.publish_batch("k", range(count))
+        hub.drain(30)
+        assert (much.statistics().handled, much.statistics().restarts, hub.statistics().unmatched) == (count, 0, count)
