@@ -208,6 +208,7 @@ class Batches(Way):
             worker.outputs.fresh.clear()
             del worker.replies[replies:]
             if worker.is_the_end(error):
+                worker.outputs.take()  # what is kept is of these alone, which run again
                 self._die(error)
             if len(items) > 1:
                 self._run_singly(items)

@@ -26,6 +26,7 @@ from mphub.procs.handlers import Runner, Work
 from mphub.procs.one_by_one import MANY_FAILURES, OUTPUT_BYTES, REPORT_AFTER
 from mphub.procs.outputs import Outputs
 from mphub.procs.parcels import Parcel
+from mphub.procs.shelter import shelter
 from mphub.procs.ways import Way
 from mphub.reply import Reply
 from mphub.store.board import RECALLED, SLOTS, Board
@@ -141,11 +142,12 @@ class Crew(Way):
         return min(self._report_at(), self.dial_at)
 
     def _step(self) -> None:
-        self._read()
-        self._collect()
-        if self.states[RECALLED] and self.dialled is None:  # else the next router has been told what this process holds
-            self._give_back()
-        self._start()
+        with shelter:  # what is reported has been noted whole
+            self._read()
+            self._collect()
+            if self.states[RECALLED] and self.dialled is None:  # else the next router has been told what this process holds
+                self._give_back()
+            self._start()
 
     # -- the stream
 
@@ -281,14 +283,15 @@ class Crew(Way):
 
     def _collect_last(self) -> None:
         """Report what has ended before this process does."""
-        while self.ended:  # to which threads that go on may still add
-            job = self.ended.popleft()
-            if job.error is None or not self.worker.is_the_end(job.error):
-                self._settle(job)
-            if self.size > OUTPUT_BYTES:
+        with shelter:
+            while self.ended:  # to which threads that go on may still add
+                job = self.ended.popleft()
+                if job.error is None or not self.worker.is_the_end(job.error):
+                    self._settle(job)
+                if self.size > OUTPUT_BYTES:
+                    self._report()
+            if self.worker.ended:
                 self._report()
-        if self.worker.ended:
-            self._report()
 
     def _settle(self, job: Job) -> bool:
         """Note what came of an event; say whether something is to start before everything that this process holds."""

@@ -27,6 +27,7 @@ from mphub.procs.crew import Crew, Hands, Job, Loop, current, random_id
 from mphub.procs.handlers import Runner
 from mphub.procs.outputs import Outputs
 from mphub.procs.parcels import Parcel, SharedParcel
+from mphub.procs.shelter import shelter
 from mphub.reply import Reply
 from mphub.store.board import RECALLED, SLOTS
 from mphub.subscriber import holder
@@ -160,7 +161,8 @@ class Hosting(Crew):
         before, token = holder.context, current.set(Visit(guest, outputs))
         holder.context = self
         try:
-            yield
+            with shelter.lifted():
+                yield
             outputs.keep(0)
         finally:
             outputs.fresh.clear()
@@ -173,10 +175,10 @@ class Hosting(Crew):
         guest.joined = msgspec.structs.replace(joined, handler=b"")
         self.pool.most = max(self.pool.most, joined.concurrency)
         try:
-            work = handlers.loads(self.worker.blobs.read(joined.blob) if joined.blob else joined.handler)
-            runner = handlers.load(work, joined.name)
-            if runner.subscriber is not None:
-                with self._visit(guest):
+            with self._visit(guest):
+                work = handlers.loads(self.worker.blobs.read(joined.blob) if joined.blob else joined.handler)
+                runner = handlers.load(work, joined.name)
+                if runner.subscriber is not None:
                     runner.subscriber.setup()
         except Exception as error:
             unable = Unable(joined.number, codec.encode_error(error), codec.traceback_text(error))
@@ -242,10 +244,11 @@ class Hosting(Crew):
     def _step(self) -> None:
         self.is_woken = False
         super()._step()
-        if self.left:
-            self._tear_down()
-        if self.waiting and time.perf_counter() >= self.look_at:
-            self._name_slow()
+        with shelter:
+            if self.left:
+                self._tear_down()
+            if self.waiting and time.perf_counter() >= self.look_at:
+                self._name_slow()
 
     def _start(self) -> None:
         if self.coming and not self._is_to_stop:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from mphub.core.delivery import DONE, FILTERED, HANDLED, RUNNING
 from mphub.events import Event
 from mphub.procs.parcels import Parcel
+from mphub.procs.shelter import shelter
 from mphub.procs.ways import Way
 from mphub.store.board import RECALLED, SLOTS
 from mphub.wire.frames import STOP
@@ -120,10 +121,10 @@ class OneByOne(Way):
     def _after_output(self, place: int) -> None:
         """Let outputs go as one report once they are many or a millisecond old; the frame's last go with its end."""
         assert self.parcel is not None
-        worker = self.worker
-        worker.outputs.keep(self.parcel.deliver.epoch)
-        number = self.parcel.number(place)
-        worker.upto = number + 1
+        worker, number = self.worker, self.parcel.number(place)
+        with shelter:  # an event has ended with its outputs, or not at all
+            worker.outputs.keep(self.parcel.deliver.epoch)
+            worker.upto = number + 1
         if worker.spec.snapshot is not None:
             worker.unsaved += 1
             if number != self.last and worker.snapshot_is_due():
@@ -137,7 +138,9 @@ class OneByOne(Way):
         worker, number = self.worker, self.parcel.number(place)
         worker.outputs.fresh.clear()
         if worker.is_the_end(error):
-            worker.upto = number
+            if worker.upto <= number:
+                worker.upto = number
+                worker.take_back_answer(self.parcel, place)
             worker.report_before_the_end()
             raise error
         goes_first = worker.fail(number, error, self.parcel.attempt(place))

@@ -26,6 +26,7 @@ from mphub.procs.crew import Crew
 from mphub.procs.one_by_one import OneByOne
 from mphub.procs.outputs import Outputs
 from mphub.procs.parcels import Parcel, SharedParcel
+from mphub.procs.shelter import Stopped, end_as_usual, listen, shelter
 from mphub.procs.ways import Way
 from mphub.reply import Reply
 from mphub.store.blobs import Blobs
@@ -42,10 +43,6 @@ SOON: Final = 1e-6
 CONFIRMED_WITHIN: Final = 5.0
 """Seconds that the end of a process waits for its last confirms."""
 _deliver, _welcome, _confirmed = decoder(Deliver), decoder(Welcome), decoder(int)
-
-
-class Stopped(SystemExit):
-    """SIGTERM came: leave at the next bytecode; asyncio lets this kind through."""
 
 
 class Worker:
@@ -88,8 +85,8 @@ class Worker:
     def run(self) -> None:
         """Set up, handle events until asked to stop, tear down."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _raise_stopped)
-        os.register_at_fork(after_in_child=_end_as_usual)
+        listen()
+        os.register_at_fork(after_in_child=end_as_usual)
         holder.context = self
         way = self._set_up()
         self._begin(self._enter())
@@ -287,6 +284,13 @@ class Worker:
         batch = parcel.deliver.batch
         self.replies.append(ReplyRow(batch.publisher, batch.number + parcel.index(place), "ok", data, blob))
 
+    def take_back_answer(self, parcel: Parcel, place: int) -> None:
+        """Let a request wait on that has been answered last, if it has: its event runs again."""
+        batch = parcel.deliver.batch
+        request = (batch.publisher, batch.number + parcel.index(place))
+        if batch.reply and self.replies and (self.replies[-1].publisher, self.replies[-1].number) == request:
+            self.replies.pop()
+
     def snapshot_is_due(self) -> bool:
         rule = self.spec.snapshot
         assert rule is not None
@@ -329,17 +333,18 @@ class Worker:
         """Send acks, failures, outputs, replies and snapshot as one numbered frame."""
         failpoints.hit("worker.reporting")
         snapshot, blob = self._take_snapshot()
-        self.frame += 1
-        report = Report(
-            self.frame, self.upto, self.ran, self.seconds, self.failures, self.outputs.take(), self.replies,
-            snapshot, blob, returned, self.generation, self.filtered, self._ended_early(), still or [], self.slow, self.next,
-            self.free,
-        )  # fmt: skip
-        data = frames.frame(frames.REPORT, encode(report))
-        self.unconfirmed.append((self.frame, self.upto, data, self.ended))
-        self.failures, self.replies, self.filtered, self.ended, self.ran, self.seconds = [], [], [], [], 0, 0.0
-        self.slow, self.next, self.free = [], [], []
-        self.last_report = time.monotonic()
+        with shelter:  # else the acks might go with the next one, and the outputs with none
+            self.frame += 1
+            report = Report(
+                self.frame, self.upto, self.ran, self.seconds, self.failures, self.outputs.take(), self.replies,
+                snapshot, blob, returned, self.generation, self.filtered, self._ended_early(), still or [], self.slow, self.next,
+                self.free,
+            )  # fmt: skip
+            data = frames.frame(frames.REPORT, encode(report))
+            self.unconfirmed.append((self.frame, self.upto, data, self.ended))
+            self.failures, self.replies, self.filtered, self.ended, self.ran, self.seconds = [], [], [], [], 0, 0.0
+            self.slow, self.next, self.free = [], [], []
+            self.last_report = time.monotonic()
         self._write(data)
         failpoints.hit("worker.reported")
 
@@ -390,16 +395,6 @@ class Worker:
 
     def current_heads(self) -> list[Head]:
         return self.way.current_heads() if self.way is not None else []
-
-
-def _raise_stopped(*_: object) -> None:
-    raise Stopped
-
-
-def _end_as_usual() -> None:
-    """Give a process that a handler forks the usual SIGTERM back, unless the handler has set its own."""
-    if signal.getsignal(signal.SIGTERM) is _raise_stopped:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def run_worker(address: Address, spec: Spec, incarnation: int, replica: int, board: Path, crash: Path) -> int:
