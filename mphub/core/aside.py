@@ -78,9 +78,11 @@ class Aside(Generic[M]):
 
     def go_on(self, member: M) -> None:
         """Let a slow member have the next event that has waited for it."""
-        if member not in self.slow or member in self.resting:
+        if member not in self.slow:
             return
-        if (piece := self.lanes[member].first()) is not None:
+        if member in self.resting:
+            self.slow.discard(member)  # nothing of it is under way, whose end would let it go on once it rests no more
+        elif (piece := self.lanes[member].first()) is not None:
             self.next.append(piece)
         else:
             self.open(member, slow=True)

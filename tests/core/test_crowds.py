@@ -132,3 +132,15 @@ def test_what_is_put_aside_comes_back_in_order_and_whole(row: tuple[Pairs[Any], 
     for member in (slow, resting):
         mine = [index for piece in pieces for index in indexes(piece.spans) if truth[index][1] is member]
         assert mine == sorted(mine)
+
+
+def test_a_slow_one_that_ends_its_event_while_it_rests_is_given_what_waits_once_it_rests_no_more() -> None:
+    one, aside = One(1), Aside[One]()
+    row: Any = SimpleNamespace(batch=SimpleNamespace(extras=None), id=1)
+    piece = Piece(Portion(row, [(0, 3)], 1, pairs=Pairs([Stretch(0, 3, one)])), [(0, 3)])
+    aside.close(one, slow=True)
+    assert not aside.sift(piece)
+    aside.close(one)
+    aside.go_on(one)
+    assert not aside.next
+    assert [list(indexes(piece.spans)) for piece in aside.open(one)] == [[0, 1, 2]]
