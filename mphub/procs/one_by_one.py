@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 from mphub.core.delivery import DONE, FILTERED, HANDLED, RUNNING
 from mphub.events import Event
 from mphub.procs.parcels import Parcel
-from mphub.procs.shelter import shelter
 from mphub.procs.ways import Way
 from mphub.store.board import RECALLED, SLOTS
 from mphub.wire.frames import STOP
@@ -122,9 +121,8 @@ class OneByOne(Way):
         """Let outputs go as one report once they are many or a millisecond old; the frame's last go with its end."""
         assert self.parcel is not None
         worker, number = self.worker, self.parcel.number(place)
-        with shelter:  # an event has ended with its outputs, or not at all
-            worker.outputs.keep(self.parcel.deliver.epoch)
-            worker.upto = number + 1
+        worker.upto = number + 1  # SIGTERM may come in between: it has ended once nothing of it is fresh any more
+        worker.outputs.keep(self.parcel.deliver.epoch)
         if worker.spec.snapshot is not None:
             worker.unsaved += 1
             if number != self.last and worker.snapshot_is_due():
@@ -136,13 +134,10 @@ class OneByOne(Way):
         """Deal with what a handler raised; what ends a process ends this one."""
         assert self.parcel is not None
         worker, number = self.worker, self.parcel.number(place)
-        worker.outputs.fresh.clear()
         if worker.is_the_end(error):
-            if worker.upto <= number:
-                worker.upto = number
-                worker.take_back_answer(self.parcel, place)
-            worker.report_before_the_end()
+            self._report_last(self.parcel, place)
             raise error
+        worker.outputs.fresh.clear()
         goes_first = worker.fail(number, error, self.parcel.attempt(place))
         worker.upto = number + 1
         if goes_first:
@@ -150,6 +145,18 @@ class OneByOne(Way):
         elif len(worker.failures) >= MANY_FAILURES:
             worker.report()
         return place
+
+    def _report_last(self, parcel: Parcel, place: int) -> None:
+        """Let be committed what has ended before this process does; half of an event's outputs may be kept, which then runs again."""
+        worker, number = self.worker, parcel.number(place)
+        has_begun_to_end, fresh = worker.upto > number, worker.outputs.fresh
+        if has_begun_to_end and fresh:
+            return
+        if not has_begun_to_end:
+            fresh.clear()
+            worker.upto = number
+            worker.take_back_answer(parcel, place)
+        worker.report_before_the_end()
 
     def _give_back(self, place: int) -> int:
         """Return what has not started, from one place of the frame on: the router wants it back."""
