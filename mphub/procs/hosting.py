@@ -65,7 +65,7 @@ class Guest:
 class Share(Job):
     """An event for one of them."""
 
-    __slots__ = ("guest", "runner", "work")
+    __slots__ = ("asks", "guest", "runner", "work")
     runner: Runner
     """What it begins with: its subscriber may be replaced meanwhile."""
     work: handlers.Work
@@ -73,6 +73,8 @@ class Share(Job):
     def __init__(self, parcel: SharedParcel, place: int, number: int, guest: Guest) -> None:
         super().__init__(parcel, place, number)
         self.guest = guest
+        self.asks = False
+        """It may wait for an answer."""
 
     @property
     def attempt(self) -> int:
@@ -369,6 +371,8 @@ class Hosting(Crew):
         job = current.get()
         assert isinstance(job, Share)
         handlers.check_other(job.guest.joined, key, target)
+        if job.is_open and job.thread != self.turns.thread:
+            self.pool.make_room_for(job)
         return self.worker.ask(key, payload, target, extra)
 
     def event_of(self, job: Job) -> Event:
@@ -467,7 +471,9 @@ class Pool:
     def __init__(self, host: Hosting) -> None:
         self.host = host
         self.most = 1
-        self.threads = 0
+        self.threads = self.asking = 0
+        self.lock = threading.Lock()
+        """Of these."""
         self.jobs: deque[Share] = deque()
         self.calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         """One for each job that was put there; the job may have been taken back."""
@@ -475,16 +481,41 @@ class Pool:
     def put(self, job: Share) -> None:
         self.jobs.append(job)
         self.calls.put(None)
-        if self.threads < self.most and len(self.jobs) > 0:
-            thread = threading.Thread(target=self._work, name=f"{self.host.name}-{self.threads}", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # the machine has no room for more
-                if not self.threads:
-                    raise
-                self.most = self.threads
-                return
-            self.threads += 1
+        with self.lock:
+            self._grow()
+
+    def make_room_for(self, job: Share) -> None:
+        """Take one more thread until this event has ended: what answers it may wait for one."""
+        with self.lock:
+            if not job.asks:
+                job.asks = True
+                self.asking += 1
+                self._grow()
+
+    def _grow(self) -> None:
+        """Start a thread if there may be more of them, and work for it."""
+        if self.threads >= self.most + self.asking or not self.jobs:
+            return
+        thread = threading.Thread(target=self._work, name=f"{self.host.name}-{self.threads}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the machine has no room for more
+            if not self.threads:
+                raise
+            self.most = min(self.most, self.threads)
+            return
+        self.threads += 1
+
+    def _is_left_over(self, job: Share) -> bool:
+        """Note that an event has ended; say whether the thread that ran it is one too many."""
+        if not job.asks:
+            return False
+        with self.lock:
+            self.asking -= 1
+            if self.threads <= self.most + self.asking:
+                return False
+            self.threads -= 1
+            return True
 
     def take_out(self, job: Share) -> bool:
         """Take an event out again, if no thread has begun with it."""
@@ -510,6 +541,8 @@ class Pool:
             except IndexError:
                 continue
             self._handle(job)
+            if self._is_left_over(job):
+                return
 
     def _handle(self, job: Share) -> None:
         host = self.host

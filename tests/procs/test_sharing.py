@@ -432,3 +432,16 @@ def test_what_comes_for_one_that_is_paused_alone_is_seen_at_once() -> None:
         assert (paused.statistics().waiting, paused.statistics().dead) == (MOST_ASIDE, 5000)
         hub.purge()
         paused.resume()
+
+
+def test_functions_of_one_process_may_ask_each_other() -> None:
+    def ask(n: int) -> int:
+        return int(hub.request(f"count.{n - 1}", n - 1).result(5)) + 1 if n else threading.active_count()
+
+    hub = EventHub(check=False)
+    for n in range(4):
+        hub.subscribe(f"count.{n}", ask, name=f"s{n}", process="one")
+    with hub:
+        before = hub.request("count.0", 0).result(5)
+        assert hub.request("count.3", 3).result(10) - 3 == before + 3 + 1  # for each that asks, and for what reads the answers
+        assert eventually(lambda: hub.request("count.0", 0).result(5) == before + 1)
