@@ -116,7 +116,8 @@ class Hosting(Crew):
         self.pool = Pool(self)
 
     def _hands(self) -> Hands:
-        self.loop = asyncio.new_event_loop()
+        with shelter:  # half a loop cannot be closed
+            self.loop = asyncio.new_event_loop()
         self.turns = Turns(self, self.loop)
         return self.turns
 

@@ -410,9 +410,11 @@ class Router:
     # -- subscribers
 
     def _meet_subscriber(self, stream: Stream, hello: HelloSubscriber) -> None:
-        seat = self.seats.get(hello.incarnation)
-        if hello.token != self.token or seat is None:
-            raise ProtocolError("a hello of an unknown subscriber")
+        if hello.token != self.token:
+            raise ProtocolError("a hello with a wrong token")
+        if (seat := self.seats.get(hello.incarnation)) is None:
+            shut(stream.sock)  # its end was told before this was read
+            return
         self.door.welcome(stream)
         if seat.stream is not None:
             self._drop(seat.stream)

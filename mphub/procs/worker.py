@@ -26,7 +26,7 @@ from mphub.procs.crew import Crew
 from mphub.procs.one_by_one import OneByOne
 from mphub.procs.outputs import Outputs
 from mphub.procs.parcels import Parcel, SharedParcel
-from mphub.procs.shelter import Stopped, end_as_usual, listen, shelter
+from mphub.procs.shelter import Stopped, end_as_usual, end_at_once, listen, shelter
 from mphub.procs.ways import Way
 from mphub.reply import Reply
 from mphub.store.blobs import Blobs
@@ -414,5 +414,6 @@ def run_worker(address: Address, spec: Spec, incarnation: int, replica: int, boa
             file.write(encode((codec.encode_error(error), codec.traceback_text(error))))
             return 1
         finally:
+            end_at_once()
             faulthandler.disable()
     return 0
