@@ -4,15 +4,17 @@
     python scripts/soak.py --seconds 600 --seed 7 --rates router=0.5,supervisor=0.1
 
 Publishers (forked processes) publish numbered events under ``in``. ``pass`` makes two of each under ``out``, where ``log`` writes them down
-and ``count`` counts them into a snapshot. ``share``, whose replicas grow more and fewer, writes down what is under ``in``. Nobody is told
-of the kills: SIGKILL for subscribers, publishers, router and supervisor, SIGSTOP for subscribers, each at its own rate. What publishers
-attempted and what the hub accepted is written down too, each note by one write() to a file opened for appending, with an end by which one
-that a death has cut short is told; at the end the notes must agree, and so must the hub's books.
+and ``count`` counts them into a snapshot. ``share``, whose replicas grow more and fewer, writes down what is under ``in``. So do makers of
+each other kind (threads, batches, several in a process) with what they make of every tenth event. Nobody is told of the kills: SIGKILL
+for subscribers, publishers, router and supervisor, SIGTERM and SIGSTOP for subscribers, each at its own rate; some are restarted. What
+publishers attempted and what the hub accepted is written down too, each note by one write() to a file opened for appending, with an end by
+which one that a death has cut short is told; at the end the notes must agree, and so must the hub's books.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import collections
 import contextlib
 import itertools
@@ -28,21 +30,28 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from mphub import EventHub, HubStatistics, MphubError, Restart, Retry, Snapshot, Subscriber
+from mphub import Batch, EventHub, HubStatistics, MphubError, Restart, Retry, Snapshot, Subscriber
 
-RATES = {"subscriber": 10.0, "publisher": 2.0, "router": 0.5, "supervisor": 0.1, "stop": 0.6, "scale": 0.5}
+RATES = {
+    "subscriber": 10.0, "terminate": 3.0, "publisher": 2.0, "router": 0.5, "supervisor": 0.1, "stop": 0.6, "scale": 0.5, "restart": 0.5,
+}  # fmt: skip
 """Faults a second, on average. The hub gives up after ten deaths of a router, or of a supervisor, within ten seconds."""
 LEAST = {"router": 1.2, "supervisor": 1.2}
 """Seconds between two faults of a kind, at least."""
 PATIENT, AT_ONCE = Retry(max_attempts=1_000_000), Restart(max_restarts=1_000_000, delay=0.0)
 BATCH = 100
+SAMPLE = 10
+"""Of so many events, one is for the makers of other kinds too."""
 MOST_REPLICAS = 4
+MOST_ENDED = {"subscriber": 1, "terminate": 1, "restart": MOST_REPLICAS, "supervisor": MOST_REPLICAS}
+"""Processes of one subscriber that a fault ends."""
 STOPPED = (0.05, 0.4)
 """Seconds that a stopped process stays so."""
 FORK = multiprocessing.get_context("fork")
@@ -134,20 +143,82 @@ def make_hub(folder: Path, **options: Any) -> EventHub:
     """Subscribe what is to be killed, and ``beat``, which is not."""
     hub = EventHub(name="soak", **options)
 
-    def make_two(event: Event) -> Event:
-        publisher, number = event
-        hub.publish("out", (publisher, 2 * number))
-        return (publisher, 2 * number + 1)
-
     def write_down(event: Event) -> None:
         note(folder / "delivered", *event)
 
-    hub.subscribe("in", make_two, name="pass", to="out", retry=PATIENT, restart=AT_ONCE)
+    hub.subscribe("in", maker(hub, "out"), name="pass", to="out", retry=PATIENT, restart=AT_ONCE)
     hub.subscribe("out", write_down, name="log", retry=PATIENT, restart=AT_ONCE)
     hub.subscribe("out", Count, name="count", snapshot=Snapshot(every=200, period=0.1), retry=PATIENT, restart=AT_ONCE)
     hub.subscribe("in", lambda event: note(folder / "shared", *event), name="share", replicas=2, retry=PATIENT, restart=AT_ONCE)
     hub.subscribe("beat", lambda sent: note(folder / "beats", time.monotonic_ns(), sent), name="beat", retry=PATIENT)
     return hub
+
+
+def maker(hub: EventHub, key: str) -> Callable[[Event], Event]:
+    """Return what makes two of an event, and publishes one in each way."""
+
+    def make_two(event: Event) -> Event:
+        publisher, number = event
+        hub.publish(key, (publisher, 2 * number))
+        return (publisher, 2 * number + 1)
+
+    return make_two
+
+
+def function(make_two: Callable[[Event], Event]) -> Callable[..., object]:
+    return make_two
+
+
+def batches(make_two: Callable[[Event], Event]) -> Callable[..., object]:
+    return lambda events: [make_two(event) for event in events]
+
+
+def coroutine(make_two: Callable[[Event], Event]) -> Callable[..., object]:
+    async def make_later(event: Event) -> Event:
+        await asyncio.sleep(0)
+        return make_two(event)
+
+    return make_later
+
+
+MAKERS: dict[str, tuple[Callable[..., Callable[..., object]], dict[str, Any]]] = {
+    "threads": (function, {"concurrency": 8}),
+    "batches": (batches, {"batch": Batch(size=8)}),
+    "function": (function, {"process": "makers"}),
+    "coroutine": (coroutine, {"process": "makers"}),
+}
+"""name -> how it makes what, and how it is subscribed."""
+
+
+def add_makers(hub: EventHub, folder: Path) -> None:
+    """Subscribe one of each kind, and what writes down what it makes."""
+    always: dict[str, Any] = {"retry": PATIENT, "restart": AT_ONCE}
+    for name, (kind, options) in MAKERS.items():
+        key = f"made.{name}"
+        hub.subscribe("in", kind(maker(hub, key)), to=key, name=name, where=is_in_sample, **options, **always)
+        hub.subscribe(key, partial(write_to, folder / name), name=f"{name}-log", process="logs", **always)
+
+
+def is_in_sample(event: Event) -> bool:
+    return event[1] % SAMPLE == 0
+
+
+def write_to(path: Path, event: Event) -> None:
+    note(path, *event)
+
+
+def wrong_of_makers(folder: Path, found: HubStatistics) -> list[str]:
+    """Name those whose events and outputs, as noted and as counted, do not agree."""
+    wrong = []
+    for name in MAKERS:
+        sample = [[e for e in ranges(folder / what) if is_in_sample(e)] for what in ("attempted", "accepted")]
+        attempted, accepted = ([(p, m) for p, n in events for m in (2 * n, 2 * n + 1)] for events in sample)
+        findings = check(attempted, accepted, events_in(folder / name))
+        wrong += [f"{len(events)} events {what} by {name}" for what, events in judged(findings)[:2] if events]
+        handled, entered = found.subscribers[name].handled, found.subscribers[f"{name}-log"].accepted
+        if not 2 * handled == entered == findings.delivered:
+            wrong.append(f"{name} handled {handled}, of which {entered} were accepted and {findings.delivered} noted")
+    return wrong
 
 
 def publish_numbers(hub: EventHub, folder: Path, publisher: int, rate: float, over: threading.Event) -> None:
@@ -226,6 +297,12 @@ class Tormentor:
 
     def hit_subscriber(self) -> None:
         self.signal_one(signal.SIGKILL)
+
+    def hit_terminate(self) -> None:
+        self.signal_one(signal.SIGTERM)
+
+    def hit_restart(self) -> None:
+        self.hub.subscription(self.dice.choice([name for name in self.hub.statistics().subscribers if name != "beat"])).restart()
 
     def hit_publisher(self) -> None:
         self.publishers.replace_one(self.dice)
@@ -332,6 +409,7 @@ def table(faults: Faults, found: Findings, gap: float, counted: tuple[int, int],
 def soak(folder: Path, seconds: float, rates: dict[str, float], publishers: int, rate: float, seed: int) -> tuple[str, list[str]]:
     """Run load and faults; return the table and what is wrong."""
     hub, over = make_hub(folder), threading.Event()
+    add_makers(hub, folder)
     with hub:
         before = Size.of(hub.statistics().pids)
         crowd = Publishers(hub, folder, publishers, rate)
@@ -354,7 +432,8 @@ def soak(folder: Path, seconds: float, rates: dict[str, float], publishers: int,
     wrong += [f"{len(events)} events {what} by replicas" for what, events in judged(shared)[:2] if events]
     if not found.subscribers["share"].handled == found.subscribers["pass"].handled == shared.delivered:
         wrong.append(f"replicas handled {found.subscribers['share'].handled} and noted {shared.delivered}")
-    kills = faults.done["subscriber"] + faults.done["supervisor"] * MOST_REPLICAS
+    wrong += wrong_of_makers(folder, found)
+    kills = sum(faults.done[kind] * most for kind, most in MOST_ENDED.items())
     if max(findings.doubled, shared.doubled) > kills:
         wrong.append(f"{findings.doubled} deliveries again, {shared.doubled} by replicas, more than kills")
     return table(faults, findings, gap, (counted, entered), (before, after), seconds), wrong

@@ -69,7 +69,7 @@ def test_a_typo_is_explained(arguments: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_short_soak_finds_nothing() -> None:
-    command = [sys.executable, str(SOAK), "--seconds", "8", "--rates", "supervisor=0.4,router=0.8,subscriber=20"]
+    command = [sys.executable, str(SOAK), "--seconds", "8", "--rates", "supervisor=0.4,router=0.8,subscriber=15,terminate=10,restart=1"]
     found = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=100, check=False)
     assert found.returncode == 0, found.stdout + found.stderr[-3000:]
 
