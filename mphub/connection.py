@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from multiprocessing import util as mp_util
 from pickle import dumps
@@ -403,8 +403,7 @@ class Connection:
             line = self._line
             self._changed.notify_all()
         for reply in replies.values():
-            if not reply.done():
-                reply.set_exception(reason)
+            reply._settle(None, reason)
         if lost:
             log.warning("hub %r: %d frames that this process published were not accepted (%s)", self.address.name, lost, reason)
         if line is not None:
@@ -443,7 +442,8 @@ class Connection:
             return not confirm.refused
         if kind == frames.REPLY:
             found = _reply.decode(header)
-            own = found.number == reply.id.number and found.number not in self._followed
+            numbers = (found.number, *found.more)
+            own = reply.id.number in numbers and self._followed.isdisjoint(numbers)
             if own:
                 self._answered(line, found)
             return own
@@ -473,14 +473,11 @@ class Connection:
         return bool(batch.events) and len(self._unconfirmed) < FEW and (batch.size < BATCH_BYTES or not self._fillers)
 
     def _answered(self, line: Line, reply: frames.Reply) -> None:
-        future = self._replies.get(reply.number)
-        if future is not None and future._claim():
-            settle_reply(future, reply, self._blobs, self.codec)
-        elif future is not None:
-            future._tell_again()
+        settle(self._replies, reply, self._blobs, self.codec)
         with self._lock, contextlib.suppress(OSError):
-            self._replies.pop(reply.number, None)  # not before it is settled: an interrupt in between lets it come again
-            self._followed.discard(reply.number)
+            for number in (reply.number, *reply.more):
+                self._replies.pop(number, None)  # not before it is settled: an interrupt in between lets it come again
+                self._followed.discard(number)
             self._taken.append(reply.number)
             self._taken_bytes += len(reply.body)
             if reply.blob is not None or len(self._taken) >= MANY_TAKEN or self._taken_bytes >= BLOB_MIN:
@@ -577,16 +574,34 @@ def _plain_way(codec: Codec) -> Callable[[Connection, str | Topic[Any], object],
 _PLAIN: Final = {name: _plain_way(codec) for name, codec in CODECS.items()}
 
 
-def settle_reply(future: Reply[object], reply: frames.Reply, blobs: Blobs, codec: Codec) -> None:
-    """Put the outcome into the future."""
+def settle(futures: Mapping[int, Reply[object]], reply: frames.Reply, blobs: Blobs, codec: Codec) -> None:
+    """End the requests that a frame answers."""
+    if not reply.more:
+        if (future := futures.get(reply.number)) is not None:
+            future._settle(*outcome_of(reply, blobs, codec))
+        return
+    for number, body in zip((reply.number, *reply.more), frames.split(reply.body), strict=True):
+        if (future := futures.get(number)) is not None:
+            future._settle(*loaded(body, codec.loads))
+
+
+def outcome_of(reply: frames.Reply, blobs: Blobs, codec: Codec) -> tuple[object, BaseException | None]:
+    """Return the result of one request, or why there is none."""
     try:
-        if reply.outcome == "ok":
-            read = blobs.copy if codec.has_views else blobs.read  # what is kept of a map keeps the removed file's room
-            future.set_result(codec.load_any(read(reply.blob) if reply.blob else reply.body))
-        else:
-            future.set_exception(failure_of(reply.outcome, reply.body))
-    except Exception as error:  # the result cannot be loaded here: that is the answer
-        future.set_exception(error)
+        if reply.outcome != "ok":
+            return None, failure_of(reply.outcome, reply.body)
+        read = blobs.copy if codec.has_views else blobs.read  # what is kept of a map keeps the removed file's room
+        return loaded(read(reply.blob) if reply.blob else reply.body, codec.load_any)
+    except Exception as error:
+        return None, error
+
+
+def loaded(data: Any, loads: Callable[[Any], Any]) -> tuple[object, BaseException | None]:
+    """Return a result, or why it cannot be loaded here: that is the answer then."""
+    try:
+        return loads(data), None
+    except Exception as error:
+        return None, error
 
 
 def refusal(kind: str, message: str) -> MphubError:

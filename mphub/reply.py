@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -38,6 +39,10 @@ class Asked(Protocol):
 
 log = logging.getLogger("mphub")
 R = TypeVar("R")
+_changing = threading.RLock()
+"""Who has it changes the state of a reply; nothing is called under it."""
+OPEN, CANCELLED = ("PENDING", "RUNNING"), ("CANCELLED", "CANCELLED_AND_NOTIFIED")
+"""States of a ``Future``; the other one is FINISHED."""
 
 
 class Firm(threading.Condition):
@@ -49,6 +54,9 @@ class Firm(threading.Condition):
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._waiters: deque[object] = deque()
+        self.watchers: list[Any] = []
+        """Those of ``concurrent.futures.wait`` and ``as_completed``."""
+        self.callbacks: list[Callable[[Any], object]] = []
 
     __enter__ = property(lambda self: self._lock.__enter__)
     __exit__ = property(lambda self: self._lock.__exit__)
@@ -72,13 +80,15 @@ class Reply(concurrent.futures.Future[R]):
     _asked: Asked | None = None
     """Whom to tell that it is not wanted any more."""
 
+    # most are asked for their result when it is there: what it takes to wait is made by the first who does
+    _firm: Firm | None = None
+    _condition = property(lambda self: self._firm or self.__dict__.setdefault("_firm", Firm()))
+    _waiters = property(lambda self: self._condition.watchers)
+    _done_callbacks = property(lambda self: self._condition.callbacks)
+    _state, _result, _exception = "PENDING", None, None
+
     def __init__(self) -> None:
-        # what Future.__init__ does, but for its condition: it would be made to be thrown away
-        self._condition = Firm()
-        self._state = "PENDING"
-        self._result = self._exception = None
-        self._waiters: list[Any] = []
-        self._done_callbacks: list[Callable[[Any], object]] = []
+        """Leave all that ``Future`` makes for later."""
 
     def _repr_html_(self) -> str:
         """Show how it stands, without waiting; of what came of it the type alone, whose text may be long or raise."""
@@ -88,7 +98,12 @@ class Reply(concurrent.futures.Future[R]):
         kind = type(came).__name__ if state == "finished" else ""
         return html.table("Reply", ("id", "state", "result"), [(getattr(self, "id", ""), state, kind)])
 
+    def done(self) -> bool:
+        return self._state not in OPEN
+
     def result(self, timeout: float | None = None) -> R:
+        if self._state == "FINISHED" and self._exception is None:  # it is, last of all
+            return self._result  # type: ignore[return-value]
         return super().result(self._read(timeout))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -113,24 +128,46 @@ class Reply(concurrent.futures.Future[R]):
 
     def _let_go(self) -> bool:
         """Cancel the future alone; say whether it had not ended."""
-        cancelled = super().cancel()
-        if cancelled and self._reader is not None:
+        with _changing:
+            was = self._state
+            if was == "PENDING":
+                self._state = "CANCELLED"
+        if was != "PENDING":
+            return was in CANCELLED
+        if self._firm is not None:
+            with self._firm:
+                self._firm.notify_all()
+            self._invoke_callbacks()
+        if self._reader is not None:
             self._reader.give_up(self)
-        return cancelled
+        return True
 
-    def _claim(self) -> bool:
-        """Say whether it has yet to be settled; from now on it cannot be cancelled."""
-        if self._state in ("PENDING", "CANCELLED"):
-            return self.set_running_or_notify_cancel()
-        return bool(self._state == "RUNNING")
+    def _settle(self, result: R | None, error: BaseException | None = None) -> None:
+        """End it, unless it has been cancelled. Once more it is told again: an interrupt may have come between the end and that.
 
-    def _tell_again(self) -> None:
-        """Tell those who wait once more: an interrupt may have come between the result and that."""
-        with self._condition:
-            for waiter in self._waiters:
-                if self not in waiter.finished_futures:
-                    waiter.add_result(self)
-            self._condition.notify_all()
+        Who begins to wait makes a condition first and looks at the state then: either that is seen here, or the end there.
+        """
+        with _changing:
+            if self._state in OPEN:
+                self._result, self._exception = result, error
+                self._state = "FINISHED"
+            elif self._state == "CANCELLED":
+                self._state = "CANCELLED_AND_NOTIFIED"
+        if self._firm is not None:
+            self._tell(self._firm)
+
+    def _tell(self, firm: Firm) -> None:
+        """Let all know who wait for the end."""
+        with firm:
+            for watcher in firm.watchers:
+                if self not in watcher.finished_futures:
+                    if self._state != "FINISHED":
+                        watcher.add_cancelled(self)
+                    elif self._exception is not None:
+                        watcher.add_exception(self)
+                    else:
+                        watcher.add_result(self)
+            firm.notify_all()
         self._invoke_callbacks()
 
     def _invoke_callbacks(self) -> None:
@@ -182,3 +219,12 @@ def failure_of(outcome: str, body: bytes) -> BaseException:
         "ambiguous": lambda: AmbiguousKey(detail),
     }
     return makers.get(outcome, lambda: HubClosed(str(detail)))()
+
+
+def _reset() -> None:
+    """Begin anew in a forked child, whichever thread of the parent had it."""
+    global _changing
+    _changing = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_reset)

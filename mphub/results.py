@@ -210,8 +210,8 @@ def together(replies: dict[str, Reply[Any]]) -> Reply[dict[str, object]]:
         with lock:
             left.discard(name)
             complete = not left and not whole.done()
-        if complete and whole.set_running_or_notify_cancel():
-            whole.set_result({each: reply.exception() or reply.result() for each, reply in replies.items()})
+        if complete:
+            whole._settle({each: reply.exception() or reply.result() for each, reply in replies.items()})
 
     for name, reply in replies.items():
         reply.add_done_callback(lambda _, name=name: ended(name))  # type: ignore[misc]

@@ -301,7 +301,7 @@ class Inline(Local):
         while self._busy and not reply.done() and self._step(reply):
             self._answer()
         if self._busy and not reply.done() and self._replies.pop(reply.id.number, None) is not None:
-            reply.set_exception(HubError(f"subscriber {post.name!r} asks itself: with the inline engine it would wait for ever"))
+            reply._settle(None, HubError(f"subscriber {post.name!r} asks itself: with the inline engine it would wait for ever"))
         return reply
 
 

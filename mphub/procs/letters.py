@@ -245,7 +245,7 @@ class Letters:
             return
         self.exchange.journal.put("replies", reply_key(row.publisher, row.number), encode(row))
         self.exchange.references.hold(row.blob)
-        self.replies.setdefault(row.publisher, []).append(Reply(row.number, row.outcome, row.body, row.blob))
+        self.replies.setdefault(row.publisher, []).append(told(row))
 
     def unanswered(self, publisher: int) -> list[Reply]:
         """Return the replies that a requester has not confirmed: it has come back."""
@@ -253,7 +253,7 @@ class Letters:
         rows = [
             _reply.decode(value) for _, value in self.exchange.journal.scan("replies", prefix, end if publisher + 1 < 1 << 64 else None)
         ]
-        return [Reply(row.number, row.outcome, row.body, row.blob) for row in rows]
+        return [told(row) for row in rows]
 
     def taken(self, publisher: int, numbers: list[int]) -> None:
         for number in numbers:
@@ -313,6 +313,11 @@ def untimed(extras: dict[int, Extra] | None) -> dict[int, Extra] | None:
 def cost(dead: Dead, value: bytes) -> int:
     """Return the bytes that a row takes, with its file."""
     return on_disk(value) + (dead.batch.size if dead.batch.blob is not None else 0)
+
+
+def told(row: ReplyRow) -> Reply:
+    """Return what its requester gets of it."""
+    return Reply(row.number, row.outcome, row.body, row.blob, row.more)
 
 
 def reply_key(publisher: int, number: int) -> bytes:

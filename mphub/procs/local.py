@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TypeVar
 
-from mphub.connection import settle_reply
+from mphub.connection import settle
 from mphub.core.delivery import Held
 from mphub.core.keys import check_target
 from mphub.core.rows import Head, Row, event_of, head_of
@@ -209,9 +209,8 @@ class Local(ABC):
     def settle(self, replies: list[frames.Reply]) -> None:
         """Hand replies to who waits for them."""
         for reply in replies:
-            future = self._replies.pop(reply.number, None)
-            if future is not None and future.set_running_or_notify_cancel():
-                settle_reply(future, reply, self.exchange.blobs, self.codec)
+            settle(self._replies, reply, self.exchange.blobs, self.codec)
+            self._replies.pop(reply.number, None)
 
     def tell_news(self) -> None:
         """Tell what has happened."""

@@ -196,8 +196,8 @@ class Threads(Local):
         self.clerk.end(closed)
         for number in list(self._replies):
             reply = self._replies.pop(number, None)
-            if reply is not None and reply.set_running_or_notify_cancel():
-                reply.set_exception(closed)
+            if reply is not None:
+                reply._settle(None, closed)
 
     def _closed(self) -> HubClosed:
         return HubClosed(f"hub {self.name!r} was stopped")

@@ -33,7 +33,7 @@ from mphub.store.blobs import Blobs
 from mphub.store.board import READY, SLOTS, Board
 from mphub.subscriber import holder
 from mphub.wire import codec, frames
-from mphub.wire.frames import Deliver, Failure, HelloSubscriber, ReplyRow, Report, Welcome, decoder, encode
+from mphub.wire.frames import Deliver, Failure, HelloSubscriber, ReplyRow, Report, Welcome, decoder, encode, in_rows
 from mphub.wire.payloads import CODECS
 from mphub.wire.specs import Spec
 from mphub.wire.stream import Frame, Line
@@ -336,7 +336,7 @@ class Worker:
         with shelter:  # else the acks might go with the next one, and the outputs with none
             self.frame += 1
             report = Report(
-                self.frame, self.upto, self.ran, self.seconds, self.failures, self.outputs.take(), self.replies,
+                self.frame, self.upto, self.ran, self.seconds, self.failures, self.outputs.take(), in_rows(self.replies),
                 snapshot, blob, returned, self.generation, self.filtered, self._ended_early(), still or [], self.slow, self.next,
                 self.free,
             )  # fmt: skip

@@ -201,10 +201,13 @@ class Reply(Wire, frozen=True):
     """``ok`` or the name of what ended it: exception, crashed, timeout, fatal, dropped, closed, nobody, ambiguous."""
     body: bytes
     blob: str | None = None
+    more: list[Number] = []
+    """Other requests that it answers; then the body is that of as many events, their results."""
 
 
 class RepliesTaken(Wire, frozen=True):
     numbers: list[Number]
+    """Of each frame the first."""
 
 
 class Withdraw(Wire, frozen=True):
@@ -381,11 +384,42 @@ class Failure(Wire, frozen=True):
 
 
 class ReplyRow(Wire, frozen=True):
+    """A ``Reply`` and whom it is for."""
+
     publisher: Id
     number: Number
     outcome: str
     body: bytes
     blob: str | None = None
+    more: list[Number] = []
+
+
+def in_rows(replies: list[ReplyRow]) -> list[ReplyRow]:
+    """Put results for the same requester together: one row of the journal, and one frame, for all of them."""
+    if len(replies) < 2:
+        return replies
+    rows = [reply for reply in replies if reply.blob is not None]
+    for publisher in {reply.publisher for reply in replies}:
+        some: list[ReplyRow] = []
+        size = 0
+        for reply in replies:
+            if reply.publisher != publisher or reply.blob is not None:
+                continue
+            size += len(reply.body)
+            if some and size >= BLOB_MIN:
+                rows.append(_together(some))
+                some, size = [], len(reply.body)
+            some.append(reply)
+        rows += [_together(some)] if some else []
+    return rows
+
+
+def _together(replies: list[ReplyRow]) -> ReplyRow:
+    first, *others = replies
+    if not others:
+        return first
+    body = join([reply.body for reply in replies])
+    return ReplyRow(first.publisher, first.number, first.outcome, body, None, [reply.number for reply in others])
 
 
 class Output(Wire, frozen=True):

@@ -9,7 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mphub.wire import frames
-from mphub.wire.frames import HEAD, MAX_FRAME, WIRE_KINDS, Batch, ProtocolError, decoder, encode, frame, join, split
+from mphub.wire.frames import (
+    BLOB_MIN,
+    HEAD,
+    MAX_FRAME,
+    WIRE_KINDS,
+    Batch,
+    ProtocolError,
+    ReplyRow,
+    decoder,
+    encode,
+    frame,
+    in_rows,
+    join,
+    split,
+)
 from mphub.wire.stream import Frame, cut
 
 FRAMES = st.lists(st.tuples(st.sampled_from(sorted(WIRE_KINDS)), st.binary(max_size=40), st.binary(max_size=40)), max_size=5)
@@ -76,3 +90,22 @@ def test_random_bytes_never_do_more_than_end_a_stream() -> None:
             cut(os.urandom(64))
         except ProtocolError:
             continue
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from([0, 1, 9, BLOB_MIN // 3, BLOB_MIN]), st.booleans()), max_size=12))
+def test_replies_go_together_by_requester_and_none_gets_too_large(replies: list[tuple[int, int, bool]]) -> None:
+    rows = [
+        ReplyRow(publisher, number, "ok", b"" if is_file else bytes([number]) * size, f"file{number}" if is_file else None)
+        for number, (publisher, size, is_file) in enumerate(replies)
+    ]
+    found = in_rows(rows)
+    each = [
+        ReplyRow(row.publisher, number, "ok", body, row.blob)
+        for row in found
+        for number, body in zip((row.number, *row.more), split(row.body) if row.more else [row.body], strict=True)
+    ]
+    assert sorted(each, key=lambda row: row.number) == rows
+    assert all(len(row.body) < BLOB_MIN + 1000 for row in found if row.more)
+    assert all(size < BLOB_MIN or not any(row.more for row in found if row.number == n) for n, (_, size, _) in enumerate(replies))
+    if all(size < 10 for _, size, _ in replies):
+        assert len([row for row in found if row.blob is None]) == len({publisher for publisher, _, is_file in replies if not is_file})
