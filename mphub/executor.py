@@ -11,6 +11,7 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from mphub.reply import Reply, give_up
+from mphub.wire.functions import Functions
 
 if TYPE_CHECKING:
     from mphub.subscription import Subscription
@@ -20,7 +21,8 @@ R = TypeVar("R")
 FEW = 1000
 POLL = 0.01
 """Seconds between two looks at what still runs."""
-Task = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+Task = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""A function, or what is one once it is loaded, and its arguments."""
 
 
 def run(task: Task) -> Any:
@@ -38,6 +40,7 @@ class HubExecutor(Executor):
 
     def __init__(self, subscription: Subscription[Task, Any]) -> None:
         self._subscription = subscription
+        self._functions = Functions()
         self._lock = threading.Lock()
         self._is_shut = False
         self._end: threading.Thread
@@ -57,7 +60,7 @@ class HubExecutor(Executor):
         """
         if self._is_shut:
             raise RuntimeError("cannot schedule new futures after shutdown")
-        reply: Reply[R] = self._subscription.request((fn, args, kwargs))
+        reply: Reply[R] = self._subscription.request((self._functions.pack(fn), args, kwargs))
         self._calls.append(reply)
         if len(self._calls) >= self._many:
             self._forget_done()

@@ -23,10 +23,12 @@ from sides import (
     crew,
     crowded,
     durable,
+    executor,
     lines,
     many_keys,
     many_patterns,
     mphub,
+    process_pool,
     rows,
     two_hop,
     with_peer,
@@ -139,6 +141,11 @@ def at_work(unit: str, processes: int, target: float, opened: Callable[[int], Op
     return Family(unit, 2_000, partial(throughput, warm_up=100), sides, target)
 
 
+def called(unit: str, *, by_value: bool) -> Family:
+    sides: Sides = {"baseline": process_pool, "mphub": lambda: executor(by_value=by_value)}
+    return Family(unit, 40_000, throughput, sides, target=8)
+
+
 def archiving(where: str, opened: Callable[[], Opened]) -> Family:
     sides: Sides = {"baseline": batches, "mphub": opened}
     return Family(f"events/s into {where}, against batches that are counted", 300_000, throughput, sides)
@@ -160,6 +167,8 @@ FAMILIES = {
     ),
     "keys": against_itself(f"events/s of {KEYS:,} keys in turn, against one key", many_keys, target=0.6),
     "patterns": against_itself(f"events/s of a key among {PATTERNS:,} patterns, against one", many_patterns, target=0.7),
+    "executor": called("calls/s of a tiny function, against a ProcessPoolExecutor", by_value=False),
+    "executor-main": called("calls/s of a tiny function of a script, against a ProcessPoolExecutor", by_value=True),
     "archive-sqlite": archiving("a SQLite archive", lambda: archived(SqliteArchive, rows)),
     "archive-jsonl": archiving("an archive of JSON lines", lambda: archived(JsonLinesArchive, lines)),
     "work-1ms": at_work("events/s of 1 ms of work, against a bare process", 1, target=0.97),

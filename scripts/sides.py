@@ -18,6 +18,7 @@ import time
 import timeit
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
@@ -32,6 +33,8 @@ KEY, PAYLOAD = "orders.created", b"x" * 100
 FORK = multiprocessing.get_context("fork")
 ORDER = {"order": 17, "customer": "someone", "total": 12.5, "lines": [1, 2, 3]}
 TOGETHER = Batch(1000, 0.02)
+CALLERS = 2
+"""Processes of a pool."""
 KEYS = 100_000
 PATTERNS = 1000
 LARGE = 10_000
@@ -108,6 +111,27 @@ def count(inbox: Queue[Any], answers: Queue[int]) -> NoReturn:
 def with_peer(peer: Peer) -> Iterator[Side]:
     with peer.open(KEY, PAYLOAD) as (publish, ask):
         yield Side(publish, ask)
+
+
+@contextlib.contextmanager
+def process_pool() -> Iterator[Side]:
+    with ProcessPoolExecutor(CALLERS, mp_context=FORK) as pool:
+        yield calling(pool, next_of)
+
+
+def next_of(n: int) -> int:
+    return n + 1
+
+
+def calling(pool: Executor, function: Callable[[int], int]) -> Side:
+    """Let a pool make calls, all asked for before the first result is looked at."""
+    made = [0]
+
+    def call(times: int) -> None:
+        replies = [pool.submit(function, n) for n in range(times)]
+        made[0] += sum(reply.result() == n + 1 for n, reply in enumerate(replies))
+
+    return Side(call, lambda: list(made))
 
 
 # -- mphub
@@ -359,6 +383,13 @@ def crew(replicas: int) -> Iterator[Side]:
 
     with hub:
         yield Side(publish, ask)
+
+
+@contextlib.contextmanager
+def executor(*, by_value: bool) -> Iterator[Side]:
+    """Open a pool that calls what it finds by its name, or what no process can import, as if the script at hand had defined it."""
+    with EventHub(name="bench") as hub, hub.executor(replicas=CALLERS) as pool:
+        yield calling(pool, (lambda n: n + 1) if by_value else next_of)
 
 
 @contextlib.contextmanager
