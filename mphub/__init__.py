@@ -39,6 +39,7 @@ from mphub.options import Batch, Inbox, Limits, Rate, Recycle, Restart, Retentio
 from mphub.publisher import HubQueue, Publisher, Transaction
 from mphub.reply import Reply
 from mphub.results import Results
+from mphub.running import connect
 from mphub.subscriber import Subscriber, current_event, current_events, publish
 from mphub.subscription import Subscription
 from mphub.tap import Tap
@@ -105,6 +106,7 @@ __all__ = [
     "Transaction",
     "UsageError",
     "WorkError",
+    "connect",
     "current_event",
     "current_events",
     "publish",

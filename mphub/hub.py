@@ -123,7 +123,8 @@ class EventHub:
     No side effect before ``start()`` or ``with``; thread-safe; pickles as a handle to itself that can publish.
 
     path: a folder for a journal that outlives the hub: the same program on the same folder goes on where it stopped, however it ended.
-    durability: what a durable hub survives: the end of any ``process``, or also loss of ``power`` (slower). name: shown in messages.
+    durability: what a durable hub survives: the end of any ``process``, or also loss of ``power`` (slower). name: shown in messages, and
+    how other programs find it (``connect``): one hub of a user has it at a time.
     engine: ``process``, ``thread`` or ``inline``.
     max_bytes: bound of journal and blobs together, a size or a percentage of the memory that holds them. unmatched: ``warn`` or
     ``ignore`` for events that nobody subscribes to. check: leaving ``with`` raises DeadLettersLeft. propagate: inline publishes raise the
@@ -179,7 +180,7 @@ class EventHub:
             retention, max_bytes=parse_share(retention.max_bytes, self._capacity, "Retention(max_bytes)")
         )
         self._propagate = engine == "inline" if propagate is None else propagate
-        folder = parent / f"mphub-{os.getuid()}-{os.urandom(4).hex()}"
+        folder = boot.folder_of(name, parent)
         born, largest = psutil.Process().create_time(), int(self._max_bytes * ADMIT)
         self._address = Address(str(folder), os.urandom(16), self.name, getpid(), born, largest, codec)
         self._console = Console(unmatched)
@@ -256,6 +257,8 @@ class EventHub:
                 self._engine.subscribe([*self._hosts.values(), *specs])
                 if self._durable is not None:
                     self._name_absent(self._engine)
+                if self._kind == "process":
+                    boot.let_find(self._address)
             self._up.set()
         if wait:
             with self._or_stop():

@@ -19,7 +19,7 @@ LAYERS = (
     {"observe"},
     {"publisher", "subscriber", "reply", "results", "reader", "connection", "tap", "past"},
     {"procs"},
-    {"hub", "engine", "executor", "registry", "subscribing", "subscription"},
+    {"hub", "engine", "executor", "registry", "running", "subscribing", "subscription"},
     {"cli", "ext", "testing", "store.archive"},  # a subscriber like any user's, though it stands in store/ as what is kept
     {"__init__", "__main__"},
 )

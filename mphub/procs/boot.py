@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -27,17 +29,25 @@ from mphub.procs import fork
 from mphub.store.folder import PARTS, DurableFolder
 from mphub.store.journal import lock_file
 from mphub.store.verify import check_journal
+from mphub.wire.frames import decoder
 
 log = logging.getLogger("mphub")
+SHM = Path("/dev/shm")
 SMALL = 256 << 20
 """Bytes that /dev/shm must have free to hold a hub's folder."""
 FRESH = 10.0
-"""Seconds for which a folder without an owner may still be getting one."""
+"""Seconds for which a folder may still be getting what it needs, or be that of a hub which ends."""
+ADDRESS = "address"
+"""The file in a runtime folder that says whose it is, and what its peers know: for this user alone."""
+OPEN = "open"
+"""The one that is there once its hub has subscribed all that it had: what came before that would be for nobody."""
 STARTED = b"started"
 SUPERVISOR = "supervisor"
 """The name of its record."""
+_address = decoder(Address)
 _ours: set[Path] = set()
 """Folders of this process's hubs: opening their locks here would drop them."""
+os.register_at_fork(after_in_child=_ours.clear)
 
 
 class Charter(msgspec.Struct, frozen=True):
@@ -69,29 +79,106 @@ def charter(
 
 def runtime_parent() -> tuple[Path, bool]:
     """Return where runtime folders go, and whether that is not shared memory because it is small."""
-    shm = Path("/dev/shm")
-    if shm.is_dir() and os.access(shm, os.W_OK):
-        space = os.statvfs(shm)
+    if SHM.is_dir() and os.access(SHM, os.W_OK):
+        space = os.statvfs(SHM)
         if space.f_bavail * space.f_frsize >= SMALL:
-            return shm, False
+            return SHM, False
     return Path(tempfile.gettempdir()), True
 
 
-def make_folder(folder: Path, durable: Path | None = None) -> IO[bytes]:
+def folder_of(name: str | None, parent: Path) -> Path:
+    """Return where the runtime folder of a hub goes: one place for a name, as one hub of a user has it; a place of its own without."""
+    mark = os.urandom(4).hex() if name is None else hashlib.sha256(name.encode()).hexdigest()[:16]
+    return parent / f"mphub-{os.getuid()}-{mark}"
+
+
+def make_folder(address: Address, durable: Path | None = None) -> IO[bytes]:
     """Make a runtime folder that only this user can enter; return its ``hub`` file, locked for as long as this process is its hub's.
 
-    What a durable hub keeps is in a folder of its own, to which there are links here.
+    What a durable hub keeps is in a folder of its own, to which there are links here. Raises HubExists.
     """
-    folder.mkdir(mode=0o700)
-    lock = lock_file(folder / "hub")
+    folder = Path(address.folder)
+    made = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}")
+    made.mkdir(mode=0o700)
+    lock = lock_file(made / "hub")
+    try:
+        (made / "logs").mkdir(mode=0o700)
+        for name in PARTS:
+            if durable is None:
+                (made / name).mkdir(mode=0o700)
+            else:
+                (made / name).symlink_to(durable / name)
+        (made / ADDRESS).touch(0o600)
+        (made / ADDRESS).write_bytes(msgspec.msgpack.encode(address))
+        _put_in_place(made, folder, address.name)
+    except BaseException:
+        lock.close()
+        shutil.rmtree(made, ignore_errors=True)
+        raise
     _ours.add(folder)
-    (folder / "logs").mkdir(mode=0o700)
-    for name in PARTS:
-        if durable is None:
-            (folder / name).mkdir(mode=0o700)
-        else:
-            (folder / name).symlink_to(durable / name)
     return lock
+
+
+def _put_in_place(made: Path, folder: Path, name: str) -> None:
+    """Let a folder appear whole and locked; wait until the supervisor of a dead hub of that name has ended.
+
+    Raises HubExists.
+    """
+    deadline = time.monotonic() + FRESH
+    while True:
+        try:
+            made.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise StartFailed(f"{folder} cannot be made ({error.strerror}): choose another name, if it is another user's") from error
+        if folder in _ours or _is_led(folder) or time.monotonic() > deadline:
+            found = address_in(folder)
+            pid = found.pid if found is not None else "unknown"
+            raise HubExists(f"name: a hub of this user is called {name!r}, that of process {pid}: stop that first, or choose another name")
+        _sweep_one(folder)
+        time.sleep(0.02)
+
+
+def remove_folder(folder: Path, lock: IO[bytes], within: float = 1.0) -> None:
+    """Remove what is left of a runtime folder, once its supervisor is gone, and let others have its name."""
+    deadline = time.monotonic() + within
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+    _ours.discard(folder)
+    lock.close()
+
+
+def _is_led(folder: Path) -> bool:
+    """Say whether the process of a folder's hub lives."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(folder / "hub")
+            lock_file(folder / "hub").close()
+    except BlockingIOError:
+        return True
+    return False
+
+
+def address_in(folder: Path) -> Address | None:
+    """Return whose a runtime folder is, if it is one."""
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        return _address.decode((folder / ADDRESS).read_bytes())
+    return None
+
+
+def let_find(address: Address) -> None:
+    """Let other programs find a hub: all that it has to begin with is subscribed."""
+    Path(address.folder, OPEN).touch()
+
+
+def own_folders(parent: Path, hidden: str = "") -> Iterator[Path]:
+    """Yield runtime folders of this user; a link of another user's leads anywhere."""
+    for folder in parent.glob(f"{hidden}mphub-{os.getuid()}-*"):
+        with contextlib.suppress(OSError):
+            found = folder.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                yield folder
 
 
 def own(folder: Path) -> IO[bytes]:
@@ -109,12 +196,13 @@ def own(folder: Path) -> IO[bytes]:
 
 def sweep(parent: Path) -> None:
     """Remove the folders of this user's dead hubs, and what their subscribers had started."""
-    for folder in parent.glob(f"mphub-{os.getuid()}-*"):
+    for folder in own_folders(parent):
+        if folder not in _ours:
+            _sweep_one(folder)
+    for folder in own_folders(parent, hidden="."):  # half made
         with contextlib.suppress(OSError):
-            found = folder.lstat()  # a link of another user's leads anywhere
-            unborn = not (folder / "owner").exists() and time.time() - found.st_mtime < FRESH
-            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not unborn and folder not in _ours:
-                _sweep_one(folder)
+            if time.time() - folder.stat().st_mtime > FRESH:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sweep_one(folder: Path) -> None:

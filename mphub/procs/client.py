@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
 import subprocess
 import threading
 import time
@@ -54,7 +53,7 @@ class Client:
                 None if durable is None else undo.enter_context(contextlib.closing(boot.take_over(durable, synced=charter.power)))
             )
             boot.sweep(self.folder.parent)
-            self._lock_of_folder = boot.make_folder(self.folder, durable)
+            self._lock_of_folder = boot.make_folder(self.address, durable)
             undo.callback(self._remove_folder)
             self.process, self._line = self._launch()
             undo.pop_all()
@@ -253,10 +252,7 @@ class Client:
 
     def _remove_folder(self) -> None:
         """Remove what is left of the runtime folder, once its supervisor is gone."""
-        deadline = time.monotonic() + 1.0
-        while self.folder.exists() and time.monotonic() < deadline:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock_of_folder.close()
+        boot.remove_folder(self.folder, self._lock_of_folder)
 
     def _heard(self, what: str, args: dict[str, Any]) -> None:
         if what == "state":
