@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import TimeoutError as WaitTimeout
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from mphub.asking import KEPT_PAYLOADS, Asking, check_ids, drained, letter_of, packed, progress_of, statistics_of, stuck_error
 from mphub.clock import Clock
 from mphub.connection import Address, connection_to, drop_connection
-from mphub.errors import DrainTimeout, InvalidOption, RemoteTraceback, SubscriberFatal, SubscriberPaused, load_error
-from mphub.events import DeadLetter, EventId, HistoryRow, Progress, Topic
+from mphub.errors import RemoteTraceback, load_error
+from mphub.events import DeadLetter, EventId, HistoryRow, Topic
 from mphub.observe.console import Console
 from mphub.observe.progress import Watcher, watching
-from mphub.observe.statistics import HubStatistics, SubscriberStatistics, percentiles
+from mphub.observe.statistics import HubStatistics, percentiles
 from mphub.options import Stop
-from mphub.past import events_of
 from mphub.procs import boot
 from mphub.procs.client import Client
 from mphub.procs.inline import Inline
@@ -33,20 +32,16 @@ from mphub.store.blobs import Blobs
 from mphub.store.journal import Dead
 from mphub.subscribing import share_cores
 from mphub.tap import Basin, Pipe, Tap, tap_on
-from mphub.wire.frames import Extra, PastRow, decoder, split
-from mphub.wire.payloads import CODECS, Codec
+from mphub.wire.frames import Extra, decoder
+from mphub.wire.payloads import CODECS
 from mphub.wire.specs import Spec
 
 T = TypeVar("T")
-KEPT_PAYLOADS = 16 << 20
-"""Bytes of dead letters' payloads that outlive an in-memory hub."""
 SETTLED_WITHIN = 30.0
 """Seconds, beyond the stop ladder's, after which a stop does without the final figures."""
 TOLD_WITHIN = 1.0
 """Seconds that a drain or stop waits for output to be written."""
-AGAIN = 0.01
-"""Seconds between looks whether an inbox has room again."""
-_dead, _past = decoder(Dead), decoder(PastRow)
+_dead = decoder(Dead)
 
 
 class Engine(Protocol):
@@ -83,7 +78,7 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-class ProcessEngine:
+class ProcessEngine(Asking):
     """The hub's own processes."""
 
     def __init__(self, charter: boot.Charter, durable: Path | None, stop: Stop, console: Console) -> None:
@@ -152,32 +147,18 @@ class ProcessEngine:
         found = self.statistics().subscribers[name]
         return found.waiting + found.running
 
-    def restart(self, name: str) -> None:
-        if name in self._hosts and self._own_state(name) == "FATAL":
-            self.client.call("set_member", name=name, status="")
-        else:
-            self.client.call("restart", name=self._hosts.get(name, name))
+    def begin(self, op: str, **args: object) -> Callable[[float | None], Any]:
+        return partial(self.client.wait, self.client.ask(op, **args))
 
-    def pause(self, name: str) -> None:
-        if name not in self._hosts:
-            self.client.call("pause", name=name)
-        elif self._own_state(name) != "FATAL":
-            self.client.call("set_member", name=name, status="PAUSED")
-
-    def resume(self, name: str) -> None:
-        if name not in self._hosts:
-            self.client.call("resume", name=name)
-        elif self._own_state(name) == "PAUSED":
-            self.client.call("set_member", name=name, status="")
+    def place_of(self, name: str) -> tuple[str | None, str]:
+        return self._hosts.get(name), self._own_state(name)
 
     def _own_state(self, name: str) -> str:
         """Return the state of one that shares a process, if it is another than that has."""
         return self.client.states.get(name, ("",))[0]
 
     def scale(self, name: str, replicas: int) -> None:
-        if name in self._hosts:
-            raise InvalidOption(f"replicas: {name!r} shares a process (process=), of which there is one; subscribe it without")
-        self.client.call("scale", name=name, replicas=replicas)
+        super().scale(name, replicas)
         self._replicas[name] = replicas
 
     def set_keys(self, name: str, patterns: list[str]) -> None:
@@ -213,70 +194,10 @@ class ProcessEngine:
         return tap
 
     def drain(self, timeout: float | None, progress: Watcher) -> None:
-        began = time.monotonic()
-        self.connection.flush(timeout)
-        future = self.client.ask("drain")
-        result = drained(lambda seconds: self.client.wait(future, seconds), began, timeout, progress, self.statistics)
-        self.console.flush(TOLD_WITHIN)  # what handlers printed until now
-        for name, status in result["statuses"].items():
-            raise stuck_error(name, status)
-
-    def statistics(self) -> HubStatistics:
-        found = self.client.call("statistics")
-        subscribers = {name: statistics_of(counters) for name, counters in found["subscribers"].items()}
-        return HubStatistics(found["accepted"], sum(found["unmatched"].values()), found["pids"], subscribers)
-
-    def dead_letters(self, name: str | None) -> list[DeadLetter]:
-        letters: list[DeadLetter] = []
-        after, room = 0, KEPT_PAYLOADS
-        while True:
-            page = self.client.call("dead_letters", name=name, after=after)
-            for data in page["letters"]:
-                letter = letter_of(_dead.decode(data), self.blobs, room, self.codec)
-                room -= len(letter._payload)
-                letters.append(letter)
-            after = page["next"]
-            if not after:
-                return letters
-
-    def redrive(self, name: str | None, ids: Collection[int] | None) -> int:
-        return int(self.client.call("redrive", name=name, ids=packed(ids)))
-
-    def purge(self, name: str | None, ids: Collection[int] | None) -> int:
-        return int(self.client.call("purge", name=name, ids=packed(ids)))
-
-    def history(self, patterns: list[str], since: float, until: float) -> Iterator[HistoryRow]:
-        self.connection.flush()  # what was published before is history
-        after = -1
-        while after:
-            page = self.client.call("history", patterns=patterns, since=since, until=until, after=max(0, after))
-            for row in page["rows"]:
-                yield from events_of(_past.decode(row), self.blobs, self.codec)
-            after = page["next"]
-
-    def replay(self, name: str, patterns: list[str], since: float, until: float) -> int:
-        self.connection.flush()
-        run, after, before = os.urandom(8), 0, 0
-        count = 0
-        while True:
-            step = self.client.call(
-                "replay", name=name, run=run, patterns=patterns, since=since, until=until, after=after, before=before
-            )  # fmt: skip
-            after, before = step["next"], step["before"]
-            count += int(step["count"])
-            if not after:
-                return count
-            if step["full"]:
-                self._wait_for_inbox(name)
-
-    def _wait_for_inbox(self, name: str) -> None:
-        """Wait a moment for room in an inbox.
-
-        Raises SubscriberPaused, SubscriberFatal: there will be none.
-        """
-        if (state := self.state_of(name)[0]) in ("FATAL", "STOPPED", "PAUSED"):
-            raise stuck_error(name, state)
-        time.sleep(AGAIN)
+        try:
+            super().drain(timeout, progress)
+        finally:
+            self.console.flush(TOLD_WITHIN)  # what handlers printed until now
 
     def check(self) -> None:
         """Raise HubFailed or HubClosed if the hub's processes are over."""
@@ -458,91 +379,3 @@ class InlineEngine(LocalEngine):
 
     def check(self) -> None:
         """Nothing can be over but the caller."""
-
-
-def drained(
-    wait: Callable[[float], T], began: float, timeout: float | None, progress: Watcher, statistics: Callable[[], HubStatistics]
-) -> T:  # fmt: skip
-    """Wait for the end of a drain (``wait``: at most so many seconds, or TimeoutError), telling how far it is.
-
-    Raises DrainTimeout.
-    """
-    deadline = None if timeout is None else began + timeout
-    with watching(progress) as tell:
-        began = time.monotonic()
-        while True:
-            left = 0.1 if tell is not None else 1.0  # a Ctrl-C right before a wait is seen only behind it
-            if deadline is not None:
-                left = min(left, max(0.0, deadline - time.monotonic()))
-            with contextlib.suppress(WaitTimeout):
-                result = wait(left)
-                break
-            if tell is not None:
-                tell(progress_of(statistics(), began))
-            if deadline is not None and time.monotonic() >= deadline:
-                raise late_drain(timeout, statistics())
-        if tell is not None:
-            tell(progress_of(statistics(), began))
-    return result
-
-
-def late_drain(timeout: float | None, statistics: HubStatistics) -> DrainTimeout:
-    """Say what was not done in time."""
-    pending = {n: s.waiting + s.running for n, s in statistics.subscribers.items() if s.waiting + s.running}
-    words = ", ".join(f"{name}: {count}" for name, count in pending.items())
-    return DrainTimeout(f"not drained within {timeout} s; still to be handled: {words or 'nothing any more'}", pending)
-
-
-def statistics_of(counters: dict[str, Any]) -> SubscriberStatistics:
-    """Build the public figures from the router's counters and the supervisor's states."""
-    handled = counters["handled"] + counters["failed"]
-    p50, p95, p99 = counters.pop("percentiles")
-    unfinished, seconds = counters.pop("unfinished"), counters.pop("seconds")
-    counters["pids"] = tuple(counters["pids"])
-    waiting = unfinished - counters["running"]
-    return SubscriberStatistics(**counters, waiting=waiting, mean=seconds / handled if handled else 0.0, p50=p50, p95=p95, p99=p99)
-
-
-def letter_of(dead: Dead, blobs: Blobs, room: int, codec: Codec) -> DeadLetter:
-    """Build a public dead letter; its payload is kept if there is room for it."""
-    batch = dead.batch
-    payload = b""
-    loads: Callable[[bytes], Any] = _nothing
-    if batch.blob is None:
-        (payload,), loads = map(bytes, split(dead.body)), codec.load_any
-    elif batch.size <= room:
-        with contextlib.suppress(OSError):
-            payload, loads = bytes(blobs.read(batch.blob)), codec.load_any
-    return DeadLetter(
-        id=EventId.make(batch.publisher, batch.number), key=batch.key(0), subscriber=dead.subscriber, reason=dead.reason,
-        attempts=dead.attempts, traceback=dead.traceback, exit=dead.exit, pid=dead.pid, at=dead.at, rss=dead.rss,
-        stderr=dead.stderr, told=dead.told, _payload=payload, _error=dead.error, _loads=loads,
-    )  # fmt: skip
-
-
-def _nothing(_: bytes) -> None:
-    """Stand for a payload that is not kept."""
-
-
-def check_ids(ids: Collection[int] | None) -> None:
-    if ids is not None and not (isinstance(ids, Collection) and all(isinstance(i, int) for i in ids)):
-        raise InvalidOption(f"ids: got {ids!r:.80}; expected EventIds, as in dead_letter.id")
-
-
-def packed(ids: Collection[int] | None) -> list[bytes] | None:
-    check_ids(ids)
-    if ids is None:
-        return None
-    return [int(i).to_bytes(16, "big") for i in ids if 0 <= i < 1 << 128]
-
-
-def progress_of(statistics: HubStatistics, began: float) -> Progress:
-    subscribers = statistics.subscribers.values()
-    done = sum(s.handled + s.dead + sum(s.dropped.values()) for s in subscribers)
-    rate = done / max(1e-3, time.monotonic() - began)
-    return Progress(done, sum(s.accepted for s in subscribers), sum(s.dead for s in subscribers), rate)
-
-
-def stuck_error(name: str, status: str) -> SubscriberPaused | SubscriberFatal:
-    """Say why what waits for a subscriber does not move."""
-    return SubscriberPaused(name) if status == "PAUSED" else SubscriberFatal(name, status)

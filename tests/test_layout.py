@@ -19,9 +19,10 @@ LAYERS = (
     {"observe"},
     {"publisher", "subscriber", "reply", "results", "reader", "connection", "tap", "past"},
     {"procs"},
-    {"hub", "engine", "executor", "registry", "running", "subscribing", "subscription"},
-    {"cli", "ext", "testing", "store.archive"},  # a subscriber like any user's, though it stands in store/ as what is kept
-    {"__init__", "__main__"},
+    {"hub", "asking", "control", "engine", "executor", "registry", "running", "subscribing", "subscription"},
+    {"ext", "testing", "store.archive"},  # a subscriber like any user's, though it stands in store/ as what is kept
+    {"__init__"},
+    {"cli", "__main__"},
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 IMPURE = {

@@ -373,6 +373,7 @@ class Supervisor:
                 host, own = counters.pop("host", name), counters.pop("own", "")
                 counters.update(figures.get(host, {"state": "STOPPED", "pids": [], "restarts": 0, "cpu": 0.0, "rss": 0}))
                 counters["state"] = own or counters["state"]
+                counters |= {"process": None if host == name else host, "own": own}
             result["pids"] = {"supervisor": os.getpid(), "router": self.link.pid}
             answer(result)
 
