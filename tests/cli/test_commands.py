@@ -17,6 +17,7 @@ import pytest
 
 from mphub import EventHub, Subscription, __version__
 from mphub.cli.main import CODES, main
+from mphub.control import Control
 from mphub.procs import boot
 from mphub.running import hubs
 from tests.helpers import eventually
@@ -69,6 +70,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             try:
                 assert eventually(lambda: bool(list(hubs())))
+                control = Control(next(hubs()))
+                assert eventually(lambda: all(one["state"] == "RUNNING" for one in control.call("states").values()))
                 yield process, folder
             finally:
                 process.kill()
