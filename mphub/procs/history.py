@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from heapq import merge
 from itertools import groupby, islice
 from math import inf
@@ -19,7 +18,7 @@ from mphub.core.spans import Spans, indexes, spans_of
 from mphub.core.window import Portion
 from mphub.options import Retention
 from mphub.procs.mailbox import Named
-from mphub.store.journal import Dead, Past, on_disk
+from mphub.store.journal import Dead, Past, cost_of_past, digest_of, on_disk
 from mphub.wire.frames import Batch, End, PastRow, decoder, encode, join, split
 
 if TYPE_CHECKING:
@@ -36,8 +35,6 @@ MAX_MERGED = 200
 """Keys under one pattern that are looked up one by one; of more all rows are read."""
 MAX_NAMES = 10_000
 """Keys, of all, that are looked through for those under a pattern."""
-KEY_ROW = 64
-"""Bytes of an entry that says which row has a key."""
 _past, _end = decoder(Past), decoder(End)
 _books = msgspec.msgpack.Decoder(tuple[int, float, int])
 
@@ -90,7 +87,7 @@ class History:
         past = Past(self._tick(), row.epoch, msgspec.Raw(row.header), boxes, row.body)  # type: ignore[arg-type]
         value = encode(past)
         self.journal.append("history", key, value)
-        self.bytes += self._cost(value, row.batch)
+        self.bytes += cost_of_past(value, row.batch)
         for name in set(row.batch.keys):
             self.journal.put("history_keys", self._digest(name) + key, b"")
         if row.batch.blob is not None:
@@ -107,9 +104,6 @@ class History:
         """Return the time, later than that of all before: rows are found by it, and the last of several ends is the valid one."""
         self._at = max(self.exchange.clock(), self._at + 1e-6)
         return self._at
-
-    def _cost(self, value: bytes, batch: Batch) -> int:
-        return on_disk(value) + KEY_ROW * len(set(batch.keys)) + (batch.size if batch.blob is not None else 0)
 
     def _digest(self, key: str) -> bytes:
         """Return what stands for a key, and enter a new one."""
@@ -192,7 +186,7 @@ class History:
 
     def _remove(self, key: bytes, value: bytes, past: Past) -> None:
         self.journal.delete("history", key)
-        self.bytes -= self._cost(value, past.batch)
+        self.bytes -= cost_of_past(value, past.batch)
         for name in set(past.batch.keys):
             self._remove_key(digest_of(name), key, name)
         for each, end in list(self.journal.scan("history_ends", b"", (number_of(key) + 1).to_bytes(8, "big"))):
@@ -313,11 +307,6 @@ class Wanted:
 
 def under(patterns: list[str], key: str) -> bool:
     return any(matches(pattern, key) for pattern in patterns)
-
-
-def digest_of(key: str) -> bytes:
-    """Return what stands for a key: keys may be longer than the keys of a table."""
-    return blake2b(key.encode(), digest_size=12).digest()
 
 
 def number_of(key: bytes) -> int:

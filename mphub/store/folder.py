@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,25 @@ class DurableFolder:
         """Let others have it."""
         _open_here.discard(self.path)
         self._lock.close()
+
+
+@contextlib.contextmanager
+def kept_out(path: Path) -> Iterator[None]:
+    """Keep hubs out of a folder that is read, without a change to it.
+
+    Raises HubExists: one has it.
+    """
+    busy = HubExists(f"{path}: a hub runs on that folder: stop it first")
+    if path in _open_here:  # to open its lock here would end it
+        raise busy
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FileNotFoundError):
+            lock = stack.enter_context(open(path / "lock", "rb"))
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise busy from None
+        yield
 
 
 def check_kind(path: Path) -> None:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Protocol
@@ -52,6 +53,8 @@ FORMAT: Final = b"1"
 SHORTAGES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}
 
 
+KEY_ROW: Final = 64
+"""Bytes of an entry that says which row of history has a key."""
 NO_PLACE: Final[Place] = (0, 0)
 """The place of what history has not."""
 
@@ -423,6 +426,16 @@ def on_disk(value: bytes) -> int:
     """Estimate what a row takes: LMDB puts what exceeds half a page on pages of its own."""
     size = len(value)
     return size + 64 if size < 2000 else (size + 4111) // 4096 * 4096
+
+
+def cost_of_past(value: bytes, batch: Batch) -> int:
+    """Estimate what a row of history takes, with the entries that say which keys it has, and its file."""
+    return on_disk(value) + KEY_ROW * len(set(batch.keys)) + (batch.size if batch.blob is not None else 0)
+
+
+def digest_of(key: str) -> bytes:
+    """Return what stands for a key: keys may be longer than the keys of a table."""
+    return blake2b(key.encode(), digest_size=12).digest()
 
 
 def size_of(path: Path) -> int:

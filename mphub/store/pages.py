@@ -36,9 +36,13 @@ class Tree(NamedTuple):
     root: int
 
     @classmethod
-    def at(cls, data: bytes | mmap.mmap, offset: int) -> Tree:
+    def at(cls, data: bytes | memoryview | mmap.mmap, offset: int) -> Tree:
         _, _, *found = TREE.unpack_from(data, offset)
         return cls(*found)
+
+
+Meta = tuple[int, int, Tree, Tree]
+"""Of one of the first two pages: the turn that it is of, the last page, the tree of free pages and the main one."""
 
 
 def check(path: Path) -> None:
@@ -70,7 +74,7 @@ class Walk:
         """A byte for each page: a file may have millions, and a set of numbers would take more memory than a hub."""
 
     def run(self) -> None:
-        metas = [found for place in (0, 1) if (found := self._meta(place)) is not None]
+        metas = self.metas()
         if not metas:
             raise DamagedError("neither of its first pages is whole")
         _, self.last, free, main = max(metas, key=lambda meta: meta[0])
@@ -82,7 +86,11 @@ class Walk:
         if len(freed) != len(set(freed)) or max(freed, default=0) > self.last or any(self.used[page] for page in freed if page < there):
             raise DamagedError("pages are both used and free")
 
-    def _meta(self, place: int) -> tuple[int, int, Tree, Tree] | None:
+    def metas(self) -> list[Meta]:
+        """Return what its first two pages say, as far as they can be read."""
+        return [found for place in (0, 1) if (found := self._meta(place)) is not None]
+
+    def _meta(self, place: int) -> Meta | None:
         at = place * self.page + HEAD.size
         if len(self.data) < (place + 1) * self.page:
             return None

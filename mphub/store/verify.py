@@ -58,7 +58,8 @@ def check_journal(folder: str | os.PathLike[str]) -> None:
     if found.problems:
         raise JournalError(
             f"path: the journal in {folder} is damaged ({'; '.join(found.problems[:3])}); {sum(found.rows.values())} of its rows can be "
-            f"read: restore the folder from a copy, or choose another one (nothing was changed)"
+            f"read: restore the folder from a copy, or make a new one of what can be read: "
+            f"mphub.store.salvage.salvage({str(folder)!r}, into=...) (nothing was changed)"
         )
 
 
