@@ -52,7 +52,7 @@ bench: venv
 bench-peers: venv
 	$(BIN)/python -m venv .venv/peers || $(PYTHON) -m venv --without-pip .venv/peers
 	$(BIN)/python -m pip --python .venv/peers/bin/python install -e . \
-		numpy pyzmq faster-fifo mpire pebble loky ray distributed 'redis[hiredis]' nats-py huey
+		numpy pyzmq faster-fifo mpire pebble loky ray distributed 'redis[hiredis]' nats-py huey persist-queue
 	.venv/peers/bin/python scripts/bench.py --families throughput-1,roundtrip,roundtrip-p99 --peers
 
 check: lint types test

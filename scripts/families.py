@@ -203,8 +203,8 @@ FAMILIES |= {
 }
 PEERS_IN = {
     **dict.fromkeys(("throughput-1", "roundtrip", "roundtrip-p99"), tuple(PEERS)),
-    "durable-process": ("Redis Streams", "Redis everysec", "JetStream on disk", "Huey"),
-    "durable-power": ("Redis always", "Huey synced"),
+    "durable-process": ("Redis Streams", "Redis everysec", "JetStream on disk", "Huey", "persist-queue"),
+    "durable-power": ("Redis always", "Huey synced", "persist-queue"),
 }
 """Families in which other packages can be measured too, and which."""
 PEERS |= DURABLE_PEERS

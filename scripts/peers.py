@@ -15,11 +15,13 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import queue as queues
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,6 +36,8 @@ AHEAD = 1000
 """Tasks that a pool has under way."""
 BATCH = 1000
 """Events that are sent to a server, or got from it, at once."""
+CLEARED = 1000
+"""Events of persist-queue that are removed at once when they are handled: it looks through those that are there."""
 
 
 @dataclass(frozen=True)
@@ -407,6 +411,46 @@ def answer(payload: object) -> int | None:
 
 
 @contextlib.contextmanager
+def persist_queue(_: str, payload: object) -> Opened:
+    """A worker's thread: by its author's word it is for threads, not for processes. It syncs each commit: of a put, a get and an ack."""
+    module: Any = importlib.import_module("persistqueue")
+    answers: queues.SimpleQueue[int] = queues.SimpleQueue()
+    with place("persist-queue-", on_disk=True) as folder:
+        queue = module.SQLiteAckQueue(folder, multithreading=True)
+
+        ended = threading.Event()
+
+        def work() -> None:
+            handled = 0
+            while not ended.is_set():
+                with contextlib.suppress(module.Empty):  # it may miss that something was put, and would look again after 10 s
+                    item = queue.get(timeout=0.001, raw=True)
+                    handled += item["data"] is not None
+                    queue.ack(id=item["pqid"])
+                    if item["pqid"] % CLEARED == 0:
+                        queue.clear_acked_data(max_delete=CLEARED, keep_latest=0)
+                    if item["data"] is None:
+                        answers.put(handled)
+
+        def publish(events: int) -> None:
+            for _ in range(events):
+                queue.put(payload)
+
+        def ask() -> list[int]:
+            queue.put(None)
+            return [answers.get(timeout=60)]
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        try:
+            yield publish, ask
+        finally:
+            ended.set()
+            worker.join()
+            queue.close()
+
+
+@contextlib.contextmanager
 def dask(_: str, payload: object) -> Opened:
     module: Any = importlib.import_module("distributed")
     with (
@@ -436,6 +480,7 @@ DURABLE_PEERS = {
     "Redis everysec": Peer("redis", partial(redis_streams, synced="everysec"), 0.5, server="redis-server"),
     "Redis always": Peer("redis", partial(redis_streams, synced="always"), 0.2, server="redis-server"),
     "JetStream on disk": Peer("nats", partial(nats_jetstream, storage="file"), 0.1, server="nats-server"),
+    "persist-queue": Peer("persistqueue", persist_queue, 0.01),
     "Huey synced": Peer("huey", partial(huey, synced=True), 0.01),
 }
 """With what they have on a disk."""
