@@ -14,7 +14,7 @@ from typing import Any
 from mphub.asking import Asking
 from mphub.connection import Address, connection_to
 from mphub.core.keys import nearest
-from mphub.errors import HubClosed, NoSubscriber
+from mphub.errors import HubClosed, InvalidOption, NoSubscriber
 from mphub.procs.boot import OPEN
 from mphub.reader import SILENCE, is_alive
 from mphub.store.blobs import Blobs
@@ -83,6 +83,25 @@ class Control(Asking):
         if self._line is not None:
             self._line.close()
             self._line = None
+
+    # -- to subscribers
+
+    def start(self, name: str) -> None:
+        """Start what was stopped, or is FATAL."""
+        host, _ = self.place_of(name)
+        if host is None:
+            self.call("start", name=name)
+        else:
+            self.restart(name)
+
+    def stop(self, name: str) -> None:
+        """End a subscriber's processes until it is started again; what comes for it waits, as with ``pause``.
+
+        Raises InvalidOption.
+        """
+        if self.place_of(name)[0] is not None:
+            raise InvalidOption(f"{name!r} shares a process (process=), which goes on for the others: pause it instead")
+        self.call("stop", name=name)
 
     # -- the hub
 

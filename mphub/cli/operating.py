@@ -99,6 +99,17 @@ def ping(hub: str | None, json_: bool, ready: bool, timeout: float) -> None:
 # -- changing
 
 
+def do(what: str, past: str, hub: str | None, names: tuple[str, ...], *, json_: bool) -> None:
+    """Do something to subscribers, or to none of them if one is called otherwise."""
+    control = control_of(hub)
+    there = control.statistics().subscribers
+    for name in names:
+        control.check_name(name, there)
+    for name in names:
+        getattr(control, what)(name)
+    click.echo(as_json(**{past: names}) if json_ else f"{past}: {', '.join(names)}")
+
+
 def for_each(what: str, past: str, text: str) -> None:
     """Add a command that does something to subscribers by name."""
 
@@ -107,15 +118,10 @@ def for_each(what: str, past: str, text: str) -> None:
     @in_json
     @click.argument("names", nargs=-1, required=True, metavar="NAME...")
     def command(hub: str | None, json_: bool, names: tuple[str, ...]) -> None:
-        control = control_of(hub)
-        there = control.statistics().subscribers
-        for name in names:
-            control.check_name(name, there)  # before anything is done
-        for name in names:
-            getattr(control, what)(name)
-        click.echo(as_json(**{past: names}) if json_ else f"{past}: {', '.join(names)}")
+        do(what, past, hub, names, json_=json_)
 
 
+for_each("start", "started", "Start subscribers that were stopped, or are FATAL.")
 for_each("restart", "restarted", "End the processes of subscribers and start others; revives those that are FATAL.")
 for_each("pause", "paused", "Let what runs finish, and start nothing more.")
 for_each("resume", "resumed", "Go on after a pause.")
@@ -148,9 +154,16 @@ def drain(hub: str | None, json_: bool, timeout: float | None) -> None:
 @commands.command()
 @on_hub
 @in_json
-@click.option("--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, metavar="SECONDS", help="At most.")
-def stop(hub: str | None, json_: bool, timeout: float) -> None:
-    """Stop a hub that was run by `mphub run` or `hub.run()`: SIGTERM to its process, which drains."""
+@click.argument("names", nargs=-1, metavar="[NAME...]")
+@click.option("--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True, metavar="SECONDS", help="For the hub, at most.")
+def stop(hub: str | None, json_: bool, names: tuple[str, ...], timeout: float) -> None:
+    """Stop subscribers until they are started again, what comes for them waits; without a NAME the hub.
+
+    That is one which was run by `mphub run` or `hub.run()`: its process gets SIGTERM, and drains.
+    """
+    if names:
+        do("stop", "stopped", hub, names, json_=json_)
+        return
     control = control_of(hub)
     control.end(timeout)
     click.echo(as_json(stopped=control.address.name) if json_ else f"{control.address.name} has stopped")

@@ -243,6 +243,14 @@ class Guardian:
         elif ward.child.goes_on:
             self.ask_to_stop(ward.child, "restart")
 
+    def halt(self, ward: Ward) -> None:
+        """End a replica until its user wants it again."""
+        ward.start_at = None
+        self.end_heir(ward)
+        self.set_state(ward, "STOPPED" if ward.child is None else "STOPPING")
+        if ward.child is not None and ward.child.goes_on:
+            self.ask_to_stop(ward.child, "stop")
+
     def let_go(self, group: Group, ward: Ward) -> None:
         """End a replica that is one too many."""
         ward.start_at = None
@@ -349,6 +357,9 @@ class Guardian:
         group = self.groups[ward.name]
         if ward.replica >= group.spec.replicas:
             self.let_go(group, ward)
+            return
+        if group.stopped:
+            self.set_state(ward, "STOPPED")
             return
         if child.ending == "stop":  # scaled down, and up again meanwhile
             self.start(ward)

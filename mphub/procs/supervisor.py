@@ -80,6 +80,7 @@ class Supervisor:
                 group = self.groups[spec.name] = Group(spec, paused=status == "PAUSED")
                 for ward in group.wards:
                     if status in LASTING and status != "PAUSED":
+                        group.stopped = status == "STOPPED"
                         group.note_state(ward, status)
                     else:
                         self.guardian.start(ward)
@@ -268,10 +269,30 @@ class Supervisor:
 
     def do_restart(self, answer: Reply, name: str) -> None:
         """Start a subscriber's processes anew; charged to nobody."""
-        group = self._changeable(name)
-        for ward in group.wards if group is not None else []:
-            self.guardian.renew(ward)
+        if (group := self._changeable(name)) is not None:
+            group.stopped = False
+            for ward in group.wards:
+                self.guardian.renew(ward)
         answer()
+
+    def do_stop(self, answer: Reply, name: str) -> None:
+        """End a subscriber's processes; what comes for it waits."""
+        group = self._changeable(name)
+        if group is None:
+            answer()
+            return
+        group.stopped = True
+        for ward in group.wards:
+            self.guardian.halt(ward)
+        self.link.ask("status", answer, name=name, status=group.status)
+
+    def do_start(self, answer: Reply, name: str) -> None:
+        """Start what was stopped or is FATAL; what runs goes on."""
+        group = self._changeable(name)
+        if group is not None and (group.stopped or group.state == "FATAL"):
+            self.do_restart(answer, name)
+        else:
+            answer()
 
     def do_pause(self, answer: Reply, name: str) -> None:
         """Let a subscriber's processes finish what runs, and give them no more; answered when that is in the journal."""
@@ -302,7 +323,10 @@ class Supervisor:
     def _rescale(self, group: Group, spec: Spec) -> None:
         new, going = group.scale(spec)
         for ward in new:
-            self.guardian.start(ward)
+            if group.stopped:
+                self.guardian.halt(ward)
+            else:
+                self.guardian.start(ward)
         for ward in going:
             self.guardian.let_go(group, ward)
 
@@ -319,6 +343,7 @@ class Supervisor:
                 answer()
                 return
             group.adopt(found)
+            group.stopped = False
             self._rescale(group, found)
             for ward in group.wards:
                 self.guardian.renew(ward)

@@ -243,6 +243,8 @@ class Group:
         self.spec = spec
         self.wards = [Ward.make(spec, replica) for replica in range(spec.replicas)]
         self.paused, self.leaving = paused, False
+        self.stopped = False
+        """By its user, until it is started or restarted."""
         self._complete = False
         """All have been RUNNING together."""
 
@@ -281,6 +283,8 @@ class Group:
     @property
     def status(self) -> str:
         """What its inbox has to expect: one replica that is RUNNING is enough."""
+        if self.stopped:
+            return "STOPPED"  # already while its processes end: a supervisor that dies meanwhile leaves it so
         return "FROZEN" if self.frozen and not self.paused else self._state(BEST_FIRST)
 
     def _state(self, order: tuple[str, ...]) -> str:

@@ -74,7 +74,7 @@ class Setting(Named, frozen=True):
 
 CALLS: Final[dict[str, type[Asked]]] = {
     "subscribe": Subscribing, "replace": Subscribing, "unsubscribe": Leaving, "forget": Forgetting, "stop_routing": Named, "restart": Named,
-    "pause": Named, "resume": Named, "scale": Scaling, "set_keys": Keying, "cancel": Cancelling,
+    "start": Named, "stop": Named, "pause": Named, "resume": Named, "scale": Scaling, "set_keys": Keying, "cancel": Cancelling,
     "host": Subscribing, "join": Subscribing, "leave": Named, "set_member": Setting, "rekey": Keying,
     "states": Asked, "statistics": Asked, "drain": Asked, "dead_letters": Page, "redrive": Chosen, "purge": Chosen,
     "history": Looking, "replay": Replaying,

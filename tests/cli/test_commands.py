@@ -177,6 +177,14 @@ def test_subscribers_are_paused_resumed_restarted_and_scaled(run: Run, said: Cal
     assert run("resume", "order", "log") == (0, "resumed: order, log\n", "")
     assert said("restart", "order") == {"restarted": ["order"]}
     assert eventually(lambda: figures("order")["state"] == "RUNNING" and figures("order")["pids"] not in ([], before))
+    assert said("stop", "order") == {"stopped": ["order"]}
+    assert eventually(lambda: (figures("order")["state"], figures("order")["pids"]) == ("STOPPED", []))
+    assert run("status")[0] == 0
+    run("pub", "orders.eu", "17")
+    assert figures("order")["waiting"] == 1
+    assert run("drain", "--timeout", 20)[0] == 3
+    assert run("start", "order", "log") == (0, "started: order, log\n", "")
+    assert run("drain", "--timeout", 20)[0] == 0
     assert said("scale", "slow", 2) == {"name": "slow", "replicas": 2}
     assert eventually(lambda: len(figures("slow")["pids"]) == 2)
     assert said("drain", "--timeout", 20)["dead"] == 0
@@ -194,8 +202,9 @@ def test_those_who_share_a_process_are_paused_and_resumed_alone(run: Run) -> Non
         before = other.statistics().pids
         assert run("restart", "one", "--hub", "shares")[0] == 0
         assert eventually(lambda: other.statistics().pids not in ((), before))
-        code, _, error = run("scale", "one", 2, "--hub", "shares")
-        assert (code, "shares a process" in error) == (2, True)
+        for command in (("scale", "one", 2), ("stop", "one")):
+            code, _, error = run(*command, "--hub", "shares")
+            assert (code, "shares a process" in error) == (2, True)
 
 
 def test_a_drain_may_take_too_long(run: Run) -> None:
