@@ -225,17 +225,21 @@ class Exchange:
             if box.is_absent:
                 self.set_status(spec.name, "STARTING")
         else:
-            number = 1 + max((b.number for b in self.boxes.values()), default=0)
             kind = Host if spec.hosts else Mailbox
-            box = kind.make(spec, SubscriberState(number, self.next_row, Counters()), self.admitted)
+            box = kind.make(spec, SubscriberState(self.next_number, self.next_row, Counters()), self.admitted)
             self.boxes[spec.name] = box
         for pattern in spec.patterns:
             self.table.add(pattern, box)
         self.journal.put("subscribers", b"d" + spec.name.encode(), encode(spec))
         self.journal.delete("subscribers", b"u" + spec.name.encode())
         if is_new and spec.start == "earliest":
-            self.replays.begin(box)
+            self.replays.begin(box, forgotten=old is not None)
         self.touch(box)
+
+    @property
+    def next_number(self) -> int:
+        """Return a number that no subscriber has had."""
+        return 1 + max((box.number for box in self.boxes.values()), default=0)
 
     def begin_run(self, run: bytes) -> None:
         """Begin with what an earlier run of the hub has left, unless this one has begun already: its publishers are dead, and nobody is

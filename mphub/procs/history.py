@@ -274,7 +274,7 @@ class History:
         return low
 
     def _row(self, number: int, past: Past, spans: Spans) -> bytes:
-        names = {box.number: box.name for box in self.exchange.boxes.values()}
+        names = {number: box.name for box in self.exchange.boxes.values() for number in (*box.state.former, box.number)}
         matched = {names[box]: found for box, found in past.matched.items() if box in names}
         ends = [(names[box], first, end) for box, first, end in self._ends(number) if box in names]
         whole = spans == [(0, past.batch.count)] or past.batch.blob is not None

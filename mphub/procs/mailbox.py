@@ -148,10 +148,6 @@ class Mailbox(Named):
     def tail(self, row: int | None) -> None:
         self.window.tail = row
 
-    def has_yet_to_get(self, row: int) -> bool:
-        """Say whether a row will come from history, whatever it says of an earlier subscriber of this name."""
-        return 0 < self.state.behind <= row < self.state.joined
-
     @property
     def is_absent(self) -> bool:
         return self.status == ABSENT

@@ -77,7 +77,7 @@ def load_everywhere(exchange: Exchange, number: int, stored: Stored, progress: d
     left = 0
     exchange.references.hold_for(number, stored.batch.blob)
     for box in exchange.boxes.values():
-        if box.number not in stored.matched or number < box.state.cursor or box.has_yet_to_get(number):
+        if box.number not in stored.matched or number < box.state.cursor:
             continue
         known = progress[box.number].get(number)
         if known is not None and not known.todo:

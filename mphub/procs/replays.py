@@ -78,9 +78,12 @@ class Replays:
         for box in self.behind:
             box.tail = box.tail or box.state.behind
 
-    def begin(self, box: Mailbox) -> None:
-        """Let a new subscriber begin with the earliest event."""
+    def begin(self, box: Mailbox, *, forgotten: bool) -> None:
+        """Let a new subscriber begin with the earliest event; one of its name may have been forgotten."""
         if first := self.exchange.history.first:
+            if forgotten:  # rows that others are at say that they were for it
+                box.state.former.append(box.number)
+                box.state.number = self.exchange.next_number
             box.state.behind, box.state.joined, box.tail = first, self.exchange.next_row, first
             self.behind.add(box)
 

@@ -145,6 +145,8 @@ class SubscriberState(msgspec.Struct, array_like=True, gc=False):
     """Of one that begins with the earliest event: the row of history that is next for it; 0 once it has all of them."""
     joined: int = 0
     """The first row that it has from its publishers, not from history."""
+    former: list[int] = []
+    """Numbers that it had before it was forgotten, under which history has it."""
 
 
 class Dead(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -234,3 +234,28 @@ def test_a_name_that_is_forgotten_may_begin_again_with_the_earliest(tmp_path: Pa
         hub.drain(40)
         assert lines(tmp_path / "late") == lines(tmp_path / "slow") == [str(n) for n in range(20_000)]
     assert verify(tmp_path / "hub").rows["rows"] == 0
+
+
+def test_a_name_that_begins_again_has_nothing_of_its_earlier_life(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        slow = hub.subscribe(["j", "k"], Record(tmp_path / "slow"), name="slow")
+        late = hub.subscribe("k", len, name="late")
+        hub.start()
+        slow.pause()  # so that the rows stay, which say that they were for an earlier one of this name
+        hub.publish("j", "j", confirm=True)
+        ids = [hub.publish("k", "x" * 20_000) for _ in range(500)]
+        hub.flush()
+        for keys in ("k", "j"):
+            late.unsubscribe(drain=keys == "k", forget=True)
+            late = hub.subscribe(keys, Record(tmp_path / "late"), name="late", start="earliest")
+            late.pause()
+            assert hub.cancel(ids.pop())  # the last one, which it has yet to get
+        os.kill(hub.statistics().pids["router"], signal.SIGKILL)
+        slow.resume()
+        late.resume()
+        hub.drain(20)
+        assert lines(tmp_path / "late") == ["j"]
+        assert len(lines(tmp_path / "slow")) == 499
+        counts = hub.statistics().subscribers["late"]
+        assert counts.accepted == counts.handled + counts.dropped["unsubscribed"] and counts.handled == 501
+        assert next(hub.history("k")).outcomes["late"].state == "dropped"
