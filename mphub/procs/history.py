@@ -143,11 +143,23 @@ class History:
         row, index = place
         if not self.first or row < self.first:
             return
-        value = encode(End(index + count, state, reason, attempts, seconds, self._tick()))
-        key = row.to_bytes(8, "big") + number.to_bytes(4, "big") + index.to_bytes(4, "big")
-        old = self.journal.get("history_ends", key)
-        self.journal.put("history_ends", key, value)
-        self.bytes += on_disk(value) - (on_disk(old) if old is not None else 0)
+        end = End(index + count, state, reason, attempts, seconds, self._tick())
+        self._enter(row.to_bytes(8, "big") + number.to_bytes(4, "big"), index, end)
+
+    def _enter(self, prefix: bytes, index: int, end: End) -> None:
+        """Enter how events ended; of those that only an older entry has, what that says stays."""
+        while True:
+            key, value = prefix + index.to_bytes(4, "big"), encode(end)
+            there = self.journal.get("history_ends", key)
+            if there is None or (old := _end.decode(there)).at < end.at:
+                self.journal.put("history_ends", key, value)
+                self.bytes += on_disk(value) - (on_disk(there) if there is not None else 0)
+            if there is None:
+                return
+            older, newer = sorted((old, end), key=lambda each: each.at)
+            if older.behind <= newer.behind:
+                return
+            index, end = newer.behind, older
 
     def _ends(self, number: int) -> Iterator[tuple[int, int, End]]:
         """Yield (subscriber number, first index, how events from there on ended), as it happened."""

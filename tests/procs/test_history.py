@@ -259,3 +259,27 @@ def test_a_name_that_begins_again_has_nothing_of_its_earlier_life(tmp_path: Path
         counts = hub.statistics().subscribers["late"]
         assert counts.accepted == counts.handled + counts.dropped["unsubscribed"] and counts.handled == 501
         assert next(hub.history("k")).outcomes["late"].state == "dropped"
+
+
+def test_what_becomes_of_some_events_of_a_frame_changes_nothing_about_the_others(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        sub = hub.subscribe("k.*", len, name="len")
+        full = hub.subscribe("k.*", len, name="full", inbox=Inbox(maxsize=1, overflow="dead_letter"))
+        hub.start()
+        sub.pause()
+        full.pause()
+        with hub.transaction() as together:
+            for n in range(1000):
+                together.publish(f"k.{n % 2}", str(n))
+        hub.flush()
+        sub.resume()
+        full.resume()
+        hub.drain(20)
+        assert sub.replay("k.0") == 500
+        ids = [letter.id for letter in hub.dead_letters("full")]
+        assert hub.purge("full", ids[:2]) == 2 and hub.redrive("full", ids[2:4]) == 2
+        hub.drain(20)
+        rows = list(hub.history())
+        assert {row.outcomes["len"].state for row in rows} == {"handled"}
+        states = [row.outcomes["full"].state for row in rows]
+        assert states == ["handled", "dropped", "dropped", "handled", "handled", *["dead"] * 995]
