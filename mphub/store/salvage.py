@@ -212,7 +212,7 @@ class Salvage:
         fresh = numbers_from(1 + max(used, default=0))
         self.named: dict[str, Box] = {}
         lacking = sorted(set(specs) - set(states))
-        unknown = seen - {state.number for state in states.values()}
+        unknown = seen - {number for state in states.values() for number in (state.number, *state.former)}
         for name in lacking:
             number = unknown.pop() if len(lacking) == len(unknown) == 1 else next(fresh)
             states[name] = SubscriberState(number, 0, Counters())
