@@ -817,13 +817,15 @@ class EventHub:
     def forget(self, name: str) -> None:
         """Drop what waits in a durable hub for a name that nobody has subscribed in this run, counted as ``forgotten``, and the name.
 
-        Raises NoSubscriber: nobody is called so; HubError: it is subscribed, and would be without what it waits for.
+        Raises InvalidOption; NoSubscriber: nobody is called so; HubError: it is subscribed, and would be without what it waits for.
         """
         engine = self._running("forget")
         with self._lock:
+            if self._known(name) is None:
+                raise InvalidOption("name: got None; expected the name of a subscriber, as str")
             if name in self._subscriptions:
                 raise HubError(f"{name!r} is subscribed: unsubscribe(forget=True) ends it and drops what waits")
-            engine.forget(str(self._known(name)))
+            engine.forget(name)
 
     def _name_absent(self, engine: Engine) -> None:
         """Say for whom events wait whom nobody has subscribed."""
@@ -835,7 +837,12 @@ class EventHub:
             self._console.notice("absent", None, message, {"waiting": waiting})
 
     def _known(self, name: str | None) -> str | None:
-        """Return the name of somebody who is or was subscribed in this run, or None for all."""
+        """Return the name of somebody who is or was subscribed in this run, or None for all.
+
+        Raises InvalidOption, NoSubscriber.
+        """
+        if name is not None and not isinstance(name, str):
+            raise InvalidOption(f"name: got {name!r:.60}; expected the name of a subscriber, as str")
         if name is None or name in self._subscriptions or name in self.statistics().subscribers:
             return name
         near = nearest(str(name), self._subscriptions)

@@ -29,11 +29,14 @@ def span_of(since: Moment, until: Moment) -> tuple[float, float]:
 def seconds_of(field: str, moment: Moment, default: float) -> float:
     if moment is None:
         return default
-    if isinstance(moment, datetime):
-        return moment.timestamp()
-    if isinstance(moment, bool) or not isinstance(moment, int | float) or moment != moment:
-        raise InvalidOption(f"{field}: got {moment!r:.60}; expected seconds since the epoch, a datetime, or None")
-    return float(moment)
+    try:
+        if isinstance(moment, datetime):
+            return moment.timestamp()
+        if isinstance(moment, int | float) and not isinstance(moment, bool) and moment == moment:
+            return float(moment)
+    except (OverflowError, ValueError, OSError):  # a time of no calendar, or a year that the clock of this machine does not know
+        pass
+    raise InvalidOption(f"{field}: got {moment!r:.60}; expected seconds since the epoch, a datetime, or None")
 
 
 def events_of(row: PastRow, blobs: Blobs, codec: Codec) -> Iterator[HistoryRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import subprocess
 import threading
 import time
@@ -13,7 +14,7 @@ from concurrent.futures import TimeoutError as WaitTimeout
 from pathlib import Path
 from typing import Any
 
-from mphub.errors import HubClosed, HubFailed, StartFailed
+from mphub.errors import HubClosed, HubError, HubFailed, StartFailed
 from mphub.procs import boot, fork
 from mphub.wire import frames
 from mphub.wire.frames import Answer, Call, Push, decoder, encode
@@ -40,6 +41,7 @@ class Client:
         self.folder = Path(self.address.folder)
         self.states: dict[str, tuple[str, bytes, str]] = {}
         self.changed = threading.Condition()
+        self._pid = os.getpid()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, tuple[Future[Any], Call]] = {}
         self._ended: Exception | None = None
@@ -79,7 +81,7 @@ class Client:
     def call(self, op: str, timeout: float | None = None, **args: object) -> Any:
         """Call the supervisor (or through it the router) and return the answer.
 
-        Raises TimeoutError, HubClosed, HubFailed.
+        Raises TimeoutError, HubClosed, HubFailed, HubError: this process was forked from the hub's.
         """
         return self.wait(self.ask(op, **args), timeout)
 
@@ -100,6 +102,8 @@ class Client:
                     raise
 
     def ask(self, op: str, **args: object) -> Future[Any]:
+        if os.getpid() != self._pid:
+            raise HubError(f"this process was forked from the hub's; {op} works in the one that made the hub")
         future: Future[Any] = Future()
         with self._lock:
             if self._ended is not None:

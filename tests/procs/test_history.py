@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import datetime
 from functools import partial
+from math import nan
 from pathlib import Path
 
 import pytest
 
-from mphub import EventHub, Inbox, InvalidKey, InvalidOption, Reject, Retention, RetryLater, SubscriberPaused, current_event
+from mphub import EventHub, HubError, Inbox, InvalidKey, InvalidOption, Reject, Retention, RetryLater, SubscriberPaused, current_event
 from mphub.store.verify import verify
 from tests.helpers import eventually
 from tests.notes import Record, lines
@@ -190,8 +192,11 @@ def test_what_is_no_history_is_refused(tmp_path: Path) -> None:
                 asks()
     with hub_on(tmp_path) as hub:
         hub.start()
-        with pytest.raises(InvalidOption, match="since"):
-            hub.history(since="yesterday")  # type: ignore[arg-type]
+        for moment in ("yesterday", 10**400, datetime.min, nan):
+            with pytest.raises(InvalidOption, match="since"):
+                hub.history(since=moment)  # type: ignore[arg-type]
+        with pytest.raises(InvalidOption, match="name"):
+            hub.forget(None)  # type: ignore[arg-type]
         with pytest.raises(InvalidOption, match="limit"):
             hub.history(limit=-1)
         with pytest.raises(InvalidKey):
@@ -283,3 +288,21 @@ def test_what_becomes_of_some_events_of_a_frame_changes_nothing_about_the_others
         assert {row.outcomes["len"].state for row in rows} == {"handled"}
         states = [row.outcomes["full"].state for row in rows]
         assert states == ["handled", "dropped", "dropped", "handled", "handled", *["dead"] * 995]
+
+
+def test_a_forked_process_cannot_go_on_with_a_history_that_its_parent_reads(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        hub.start()
+        for n in range(30):
+            hub.publish("k", (n, b"x" * 60_000))
+            hub.flush()
+        rows = hub.history()
+        next(rows)
+        if not (child := os.fork()):
+            try:
+                list(rows)
+            except HubError:
+                os._exit(7)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert [row.payload[0] for row in rows] == list(range(1, 30))
