@@ -484,6 +484,7 @@ class EventHub:
         check_choice("subscribe", "start", start, ("new", "earliest"))
         if start == "earliest":
             self._must_keep_history("start='earliest'")
+            refuse_latest("start='earliest'", inbox)
         check_types(
             rate=(rate, Rate | None), recycle=(recycle, Recycle), inbox=(inbox, Inbox), limits=(limits, Limits), replace=(replace, bool),
             ordered=(ordered, bool), batch=(batch, Batch | None),
@@ -806,6 +807,7 @@ class EventHub:
 
     def _replay(self, name: str, keys: Names | Topic[Any], since: Moment, until: Moment) -> int:
         self._must_keep_history("replay()")
+        refuse_latest("replay()", self._subscriptions.find(name)._spec.inbox)
         return self._running("replay").replay(name, patterns_of(keys), *span_of(since, until))
 
     def _must_keep_history(self, what: str) -> None:
@@ -959,6 +961,15 @@ class EventHub:
             raise self._not_running(what)
         if self._kind != "process":
             raise HubError(LIVES_HERE)
+
+
+def refuse_latest(what: str, inbox: Inbox) -> None:
+    """Refuse the past for an inbox in which it would take the place of what is newer.
+
+    Raises InvalidOption.
+    """
+    if inbox.overflow == "latest":
+        raise InvalidOption(f"{what}: got an inbox with overflow='latest', where an old event would replace a newer one of its key")
 
 
 def next_of(queue: Any) -> Any:

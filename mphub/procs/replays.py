@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mphub.procs.exchange import Exchange
 
 _stored = decoder(Stored)
-_step = msgspec.msgpack.Decoder(tuple[bytes, int, int, int, bool])
+_step = msgspec.msgpack.Decoder(tuple[bytes, int, int, int, bool, int])
 FOREVER = (0.0, inf)
 
 
@@ -44,10 +44,10 @@ class Replays:
         journal, key = self.exchange.journal, b"r" + box.name.encode()
         last = journal.get("subscribers", key)
         if last is not None and (done := _step.decode(last))[:2] == (run, after):
-            return {"count": done[2], "next": done[3], "full": done[4], "before": before}
+            return {"count": done[2], "next": done[3], "full": done[4], "before": done[5]}
         before = before or self.exchange.next_row
         count, following, full = self._repeat(box, Wanted(patterns, box.spec.patterns), (since, until), after, before)
-        journal.put("subscribers", key, encode((run, after, count, following, full)))
+        journal.put("subscribers", key, encode((run, after, count, following, full, before)))
         return {"count": count, "next": following, "full": full, "before": before}
 
     def _repeat(self, box: Mailbox, wanted: Wanted, times: tuple[float, float], after: int, before: int) -> tuple[int, int, bool]:

@@ -7,12 +7,26 @@ import signal
 import time
 from datetime import datetime
 from functools import partial
-from math import nan
+from math import inf, nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mphub import EventHub, HubError, Inbox, InvalidKey, InvalidOption, Reject, Retention, RetryLater, SubscriberPaused, current_event
+from mphub import (
+    EventHub,
+    HubError,
+    Inbox,
+    InvalidKey,
+    InvalidOption,
+    Reject,
+    Retention,
+    RetryLater,
+    SubscriberPaused,
+    Subscription,
+    current_event,
+)
+from mphub.engine import ProcessEngine
 from mphub.store.verify import verify
 from tests.helpers import eventually
 from tests.notes import Record, lines
@@ -244,7 +258,7 @@ def test_a_name_that_is_forgotten_may_begin_again_with_the_earliest(tmp_path: Pa
 def test_a_name_that_begins_again_has_nothing_of_its_earlier_life(tmp_path: Path) -> None:
     with hub_on(tmp_path) as hub:
         slow = hub.subscribe(["j", "k"], Record(tmp_path / "slow"), name="slow")
-        late = hub.subscribe("k", len, name="late")
+        late: Subscription[Any, Any] = hub.subscribe("k", len, name="late")
         hub.start()
         slow.pause()  # so that the rows stay, which say that they were for an earlier one of this name
         hub.publish("j", "j", confirm=True)
@@ -306,3 +320,27 @@ def test_a_forked_process_cannot_go_on_with_a_history_that_its_parent_reads(tmp_
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         assert [row.payload[0] for row in rows] == list(range(1, 30))
+
+
+def test_a_replay_whose_answer_was_lost_means_the_same_past(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        hub.subscribe("k", Record(tmp_path / "notes"), name="notes")
+        hub.start()
+        hub.publish("k", 1, confirm=True)
+        assert isinstance(hub._engine, ProcessEngine)
+        arguments: dict[str, Any] = {"run": b"12345678", "patterns": ["k"], "since": 0.0, "until": inf, "after": 0, "before": 0}
+        call = partial(hub._engine.client.call, "replay", name="notes", **arguments)
+        first = call()
+        hub.publish("k", 2, confirm=True)
+        assert call() == first
+        assert hub.drain(20).subscribers["notes"].handled == 3
+
+
+def test_what_keeps_the_newest_of_each_key_gets_nothing_of_the_past(tmp_path: Path) -> None:
+    with hub_on(tmp_path) as hub:
+        newest: Subscription[Any, Any] = hub.subscribe("k", abs, name="newest", inbox=Inbox(overflow="latest"))
+        with pytest.raises(InvalidOption, match=r"start='earliest': .* an old event would replace a newer one"):
+            hub.subscribe("k", abs, name="other", inbox=Inbox(overflow="latest"), start="earliest")
+        hub.start()
+        with pytest.raises(InvalidOption, match=r"replay\(\): .* an old event would replace a newer one"):
+            newest.replay()
