@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -13,6 +15,8 @@ from mphub.store.pages import BIG, BRANCH, HEAD, LEAF, NODE, NOWHERE, OVERFLOW, 
 
 OWN: Final = {name.encode(): name for name in TABLES if name not in BOOKS}
 """Tables that are trees of their own."""
+CHUNK: Final = 1 << 20
+"""Bytes that are copied at once."""
 PREFIXES: Final = tuple(BOOKS.values())
 Value = bytes | memoryview
 
@@ -176,15 +180,17 @@ def is_of_main(node: Node) -> bool:
     return bool(node.flags & SUBTREE) or node.key.startswith(PREFIXES)
 
 
-def remains_of(path: Path) -> Remains:
+def remains_of(path: Path, scratch: Path) -> Remains:
     """Read a file: of its two states the one of which more can be read, the newer one if that is the same.
 
+    It is copied to another folder first: to look at what a disk cannot read, in a map, ends the process.
     Raises DamagedError: it has neither.
     """
-    if not path.exists() or path.stat().st_size < 2 * mmap.PAGESIZE:
-        raise DamagedError("its first pages are not there")
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    with tempfile.TemporaryFile(dir=scratch) as copy, open(path, "rb", buffering=0) as file:
+        size = copy_readable(file.fileno(), copy.fileno())
+        if size < 2 * mmap.PAGESIZE:
+            raise DamagedError("its first pages are not there")
+        data = mmap.mmap(copy.fileno(), 0, prot=mmap.PROT_READ)
     metas = Walk(data).metas()
     if not metas:
         raise DamagedError("neither of its first pages is whole")
@@ -194,3 +200,30 @@ def remains_of(path: Path) -> Remains:
         found = min([found, *(Remains(data, meta) for meta in older)], key=lambda each: each.lost)
     found.is_newest = found.turn == newest[0] and bool(older)
     return found
+
+
+def copy_readable(source: int, target: int) -> int:
+    """Copy a file without what the disk cannot read, which is zeros then; return its bytes."""
+    size = os.fstat(source).st_size
+    os.truncate(target, size)
+    for start in range(0, size, CHUNK):
+        try:
+            write_at(target, os.pread(source, CHUNK, start), start)
+        except OSError:
+            for page in range(start, min(start + CHUNK, size), mmap.PAGESIZE):
+                copy_page(source, target, page)
+    return size
+
+
+def copy_page(source: int, target: int, at: int) -> None:
+    try:
+        data = os.pread(source, mmap.PAGESIZE, at)
+    except OSError:
+        return
+    write_at(target, data, at)
+
+
+def write_at(target: int, data: bytes, at: int) -> None:
+    while data:
+        written = os.pwrite(target, data, at)
+        data, at = data[written:], at + written

@@ -36,7 +36,7 @@ from mphub.store.journal import (
     on_disk,
 )
 from mphub.store.pages import DamagedError
-from mphub.store.remains import Remains, Value, remains_of
+from mphub.store.remains import CHUNK, Remains, Value, remains_of
 from mphub.wire.frames import Batch, End, decoder, encode, views
 from mphub.wire.specs import NOWHERE, Spec
 
@@ -85,7 +85,8 @@ def salvage(damaged: str | os.PathLike[str], into: str | os.PathLike[str]) -> Sa
     with kept_out(source), saying(target):
         check_format(read(source / "format"), source)
         try:
-            remains = remains_of(source / "journal" / "data.mdb")
+            make(target.parent)
+            remains = remains_of(source / "journal" / "data.mdb", target.parent)
         except DamagedError as error:
             raise JournalError(f"nothing of the journal in {damaged} can be read: {error}: restore it from a copy") from None
         return Salvage(remains, source).write(target)
@@ -131,6 +132,8 @@ class Salvage:
     def __init__(self, remains: Remains, source: Path) -> None:
         self.remains, self.blobs = remains, source / "blobs"
         self.problems: list[str] = []
+        self._sizes: dict[str, int | None] = {}
+        """file -> its bytes, if it can be read."""
         self.unread: Counter[str] = Counter()
         self.new: dict[str, list[tuple[bytes, Value]]] = {name: [] for name in TABLES}
         """table -> its rows in the new folder."""
@@ -170,8 +173,11 @@ class Salvage:
             self.problems.append(f"table {table}: the files of {len(without_file)} rows are missing or cut off ({without_file[0]}, ...)")
 
     def has_file(self, name: str, size: int | None = None) -> bool:
-        path = self.blobs / name
-        return "/" not in name and path.is_file() and size in (None, path.stat().st_size)
+        """Say whether a file of the old folder is there and can be read, whole."""
+        if name not in self._sizes:
+            self._sizes[name] = readable_size(self.blobs / name) if "/" not in name else None
+        found = self._sizes[name]
+        return found is not None and size in (None, found)
 
     # -- what is made of it
 
@@ -339,7 +345,6 @@ class Salvage:
 
     def write(self, target: Path) -> Salvaged:
         """Make the new folder beside its place and put it there whole."""
-        make(target.parent)
         draft = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
             self._fill(draft)
@@ -403,6 +408,14 @@ def readable(decode: Callable[[Any], Any], value: Value) -> Any:
     try:
         return decode(value)
     except UNREADABLE:
+        return None
+
+
+def readable_size(path: Path) -> int | None:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return sum(len(piece) for piece in iter(lambda: file.read(CHUNK), b""))
+    except (OSError, ValueError):  # ValueError: no path at all
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -148,6 +149,41 @@ def test_rows_below_a_damaged_branch_are_found_and_those_on_free_pages_are_not(f
     assert roots and found.problems and not found.lost_events and not found.lost
     old, new = tables(filled), tables(tmp_path / "new")
     assert all(new[name] == old[name] for name in ("rows", "singles", "dead", "history", "history_ends"))
+
+
+def test_what_a_disk_cannot_read_is_lost_like_what_is_damaged(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, size = os.pread, data_of(filled).stat().st_size
+    bad = range(size // 2 // PAGE * PAGE, size // 2 // PAGE * PAGE + 9 * PAGE)
+
+    def pread(file: int, length: int, at: int) -> bytes:
+        if at < bad.stop and at + length > bad.start:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(file, length, at)
+
+    monkeypatch.setattr(os, "pread", pread)
+    found = salvage(filled, tmp_path / "new")
+    monkeypatch.undo()
+    shutil.copytree(filled, tmp_path / "old")
+    with open(data_of(tmp_path / "old"), "r+b") as file:
+        file.seek(bad.start)
+        file.write(bytes(len(bad)))
+    assert found == salvage(tmp_path / "old", tmp_path / "other") and found.problems
+
+
+def test_events_whose_subscriber_cannot_be_read_wait_for_a_name_that_is_told(filled: Path, tmp_path: Path) -> None:
+    shutil.copytree(filled, tmp_path / "old")
+    whole = bytearray(data_of(filled).read_bytes())
+    walk = pages.Walk(whole)  # type: ignore[arg-type]
+    for _, _, _, main in walk.metas():
+        whole[main.root * PAGE : (main.root + 1) * PAGE] = bytes(PAGE)
+    data_of(tmp_path / "old").write_bytes(whole)
+    found = salvage(tmp_path / "old", tmp_path / "new")
+    assert sum("salvaged-" in problem for problem in found.problems) >= 2
+    name = next(name for name, count in found.waiting.items() if count == ALL)
+    with EventHub(tmp_path / "new", check=False) as hub:
+        hub.subscribe("k", Record(tmp_path / "notes"), name=name)
+        hub.drain(20)
+    assert len(lines(tmp_path / "notes")) == ALL
 
 
 def test_a_row_whose_file_is_gone_is_told_and_not_written(filled: Path, tmp_path: Path) -> None:
