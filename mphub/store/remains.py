@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from mphub.store.journal import BOOKS, TABLES
-from mphub.store.pages import BIG, BRANCH, HEAD, LEAF, NODE, NOWHERE, OVERFLOW, SUBTREE, DamagedError, Meta, Tree, Walk
+from mphub.store.pages import BIG, BRANCH, HEAD, LEAF, NODE, NOWHERE, OVERFLOW, SUBTREE, TREE, DamagedError, Meta, Tree, Walk
 
 OWN: Final = {name.encode(): name for name in TABLES if name not in BOOKS}
 """Tables that are trees of their own."""
@@ -81,6 +81,9 @@ class Remains(Walk):
     def _take_table(self, node: Node) -> None:
         name = OWN.get(node.key)
         if name is None or name in self.claimed or (value := self._value(node)) is None:
+            return
+        if len(value) != TREE.size:
+            self.holes += 1
             return
         tree = Tree.at(value, 0)
         self.claimed[name] = tree.entries
