@@ -110,11 +110,11 @@ def test_a_hub_handles_what_could_be_read_and_what_could_not_is_told(filled: Pat
     for name in ("notes", "others"):
         handled = [text.split()[0] for text in lines(tmp_path / name)]
         told = found.waiting[name] + found.lost_events[name]
-        assert least <= told <= ALL and 0 < found.waiting[name] == len(handled) - 1 < ALL - 10
+        assert least <= told <= ALL and 0 < found.waiting[name] == len(handled) - 1 < ALL
         assert len(set(handled)) == len(handled)
         assert counts[name].dropped == {"damaged": found.lost_events[name]}
         assert counts[name].accepted == told + 1 == counts[name].handled + found.lost_events[name]
-    assert len(letters) == found.rows["dead"] == counts["refuses"].dead
+    assert len(letters) == found.rows["dead"] == sum(one.dead for one in counts.values())  # who has them may be lost with them
 
 
 def test_whatever_is_damaged_the_new_folder_is_whole_and_adds_up(filled: Path, tmp_path: Path) -> None:
