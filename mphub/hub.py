@@ -206,6 +206,22 @@ class EventHub:
         """The short way to publish: of the running hub in its own process, of a handle in any other."""
         _hubs.add(self)
 
+    @classmethod
+    def from_config(cls, path: str | os.PathLike[str] = "hub.toml", **overrides: Any) -> EventHub:
+        """Make the hub that a file describes, with its subscribers; ``overrides`` are options of ``EventHub`` that win.
+
+        Raises InvalidOption, which says where in the file.
+        """
+        from mphub.config import Config  # few have a file
+
+        config = Config(path)
+        with config.saying("hub"):
+            hub = cls(**config.hub_options() | overrides)
+        for name, options in config.subscriptions():
+            with config.saying(f"subscribers.{name}"):
+                hub.subscribe(**options)
+        return hub
+
     def __repr__(self) -> str:
         state = "running" if self._engine else "stopped" if self._final else "not started"
         return f"<EventHub {self.name!r} ({self._kind}, {state}, {len(self._subscriptions)} subscribers)>"

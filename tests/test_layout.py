@@ -19,7 +19,7 @@ LAYERS = (
     {"observe"},
     {"publisher", "subscriber", "reply", "results", "reader", "connection", "tap", "past"},
     {"procs"},
-    {"hub", "asking", "control", "engine", "executor", "registry", "running", "subscribing", "subscription"},
+    {"hub", "asking", "config", "control", "engine", "executor", "registry", "running", "subscribing", "subscription"},
     {"ext", "testing", "store.archive"},  # a subscriber like any user's, though it stands in store/ as what is kept
     {"__init__"},
     {"cli", "__main__"},

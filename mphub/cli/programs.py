@@ -14,6 +14,7 @@ import click
 
 from mphub import __version__
 from mphub.cli.main import USAGE, Failed, as_json, commands
+from mphub.config import Config
 from mphub.core.keys import nearest
 from mphub.hub import EventHub
 from mphub.procs import boot
@@ -42,7 +43,7 @@ def divide(n):
     print(100 / n)
 '''
 
-target = click.argument("target", metavar="MODULE:HUB")
+target = click.argument("target", metavar="MODULE:HUB|FILE.toml")
 app_dir = click.option(
     "--app-dir", default=".", show_default=True, type=click.Path(exists=True, file_okay=False), help="Where the module is."
 )
@@ -53,9 +54,11 @@ def hub_of(where: str, folder: str) -> EventHub:
 
     Raises click.UsageError.
     """
+    if where.endswith(".toml"):
+        return EventHub.from_config(os.path.join(folder, where))
     module, _, attribute = where.partition(":")
     if not module or not attribute:
-        raise click.UsageError(f"got {where!r}; expected a module and its hub, as in app:hub")
+        raise click.UsageError(f"got {where!r}; expected a module and its hub, as in app:hub, or a file, as hub.toml")
     sys.path.insert(0, os.path.abspath(folder))
     sys.argv[0] = module  # hubs without a name are named after it
     found: Any = import_module(module, folder)
@@ -99,14 +102,26 @@ def run(target: str, app_dir: str, drain_timeout: float) -> None:
 def check(target: str, app_dir: str, json_: bool) -> None:
     """Import a hub, and draw which keys go to whom and on to what; starts nothing."""
     hub = hub_of(target, app_dir)
+    options = origins_of(target, app_dir)
     flow = [(key, name, loads(one._spec.handler).to) for name, one in hub.subscriptions.items() for key in one.keys]
     if json_:
-        click.echo(as_json(hub=hub.name, flow=[{"key": key, "subscriber": name, "to": to} for key, name, to in flow]))
+        drawn = [{"key": key, "subscriber": name, "to": to} for key, name, to in flow]
+        click.echo(as_json(hub=hub.name, flow=drawn, options={name: {"value": value, "from": who} for name, value, who in options}))
         return
+    for name, value, who in options:
+        click.echo(f"{name} = {value!r}  ({who})")
     width = max((len(key) for key, _, _ in flow), default=0)
     for key, name, to in flow:
         click.echo(f"{key.ljust(width)} -> {name}" + (f" -> {to}" if to else ""))
     click.echo(f"{hub.name}: {len(hub.subscriptions)} subscribers of {len(flow)} keys and patterns")
+
+
+def origins_of(where: str, folder: str) -> list[tuple[str, object, str]]:
+    """Return the hub's options that a file or the environment says, and who says so."""
+    if not where.endswith(".toml"):
+        return []
+    config = Config(os.path.join(folder, where))
+    return [(name, getattr(config.hub, name), who) for name, who in config.origins.items()]
 
 
 @commands.command()

@@ -258,6 +258,7 @@ def test_dead_letters(run: Run, said: Callable[..., Any]) -> None:
         ("check json:hub", 2, "json has no 'hub'"),
         ("check json:dumps", 2, "is a function; expected an EventHub"),
         ("run app:hub --app-dir /nowhere", 2, "/nowhere"),
+        ("check nowhere.toml", 2, "No such file"),
     ],
 )
 def test_what_is_wrong_is_said(run: Run, arguments: str, code: int, words: str) -> None:
