@@ -92,7 +92,7 @@ class Curve:
 
 
 def hub_of(subscribers: int, handler: Callable[[Any], Any] | type[Subscriber[Any, Any]] = len, **options: Any) -> EventHub:
-    hub = EventHub(name="bench", check=False, stop=HASTY)
+    hub = EventHub(check=False, stop=HASTY)
     for number in range(subscribers):
         hub.subscribe(KEY, handler, name=f"subscriber-{number}", **options)
     return hub
@@ -267,7 +267,7 @@ def backlog(events: int) -> dict[str, float]:
 @contextlib.contextmanager
 def backlogged(handler: Callable[..., Any], events: int) -> Iterator[EventHub]:
     """Open a hub whose one subscriber's inbox takes so many events; what it has not handled in the end is given up."""
-    hub = EventHub(name="bench", check=False, max_bytes=int(KEPT * MB), stop=HASTY)
+    hub = EventHub(check=False, max_bytes=int(KEPT * MB), stop=HASTY)
     hub.subscribe(KEY, handler, name="subscriber-0", inbox=Inbox(maxsize=events + 1, max_bytes=int(KEPT * MB)))
     with hub:
         yield hub

@@ -100,7 +100,7 @@ def ask(number: int) -> int | bytes:
 
 
 def make_hub(folder: Path) -> EventHub:
-    hub = EventHub(name="killsteps")
+    hub = EventHub()
     troubles = Retry(PATIENT.max_attempts, on=KeyError, delay=0.0)
     hub.subscribe(
         "in", lambda event: hand_on(folder, hub, event), name="pass", to="out", retry=troubles, restart=AT_ONCE, inbox=SMALL, recycle=OFTEN

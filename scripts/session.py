@@ -42,6 +42,14 @@ PARTS: list[tuple[str, list[str]]] = [
     ),
     ("SIGTERM to its process, which does what is left to do:", ["mphub stop", "tail -1 log.txt", "mphub status", "echo $?"]),
 ]
+MPHUB = """#!{python}
+import pathlib, sys
+from mphub.procs import boot
+boot.SHM = pathlib.Path({shm!r})
+from mphub.cli import main
+sys.exit(main())
+"""
+"""The command, which finds no other hub of this user."""
 READY_WITHIN = 20.0
 """Seconds for the hub to answer."""
 
@@ -57,7 +65,8 @@ class Terminal:
         self.folder.mkdir()
         (folder / "bin").mkdir()
         command = folder / "bin" / "mphub"
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mphub "$@"\n')
+        (folder / "shm").mkdir()
+        command.write_text(MPHUB.format(python=sys.executable, shm=str(folder / "shm")))
         command.chmod(0o700)
         self.code = 0
 

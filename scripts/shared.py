@@ -19,7 +19,7 @@ async def take(payload: object) -> None:
 
 def sharing(subscribers: int) -> dict[str, float]:
     """Return the seconds that they take to start, the MB that all processes take then, and the microseconds of a delivery."""
-    hub = EventHub(name="bench")
+    hub = EventHub()
     began = time.perf_counter()
     for number in range(subscribers):
         hub.subscribe(KEY, take, name=f"subscriber-{number}", process=f"shared-{number % PROCESSES}")

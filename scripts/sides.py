@@ -158,7 +158,7 @@ def look_at(payload: Any) -> object:
 @contextlib.contextmanager
 def mphub(subscribers: int, patterns: str | list[str] = KEY, keys: Sequence[str] = (KEY,), payload: object = PAYLOAD) -> Iterator[Side]:
     """Open a hub with its defaults."""
-    hub = EventHub(name="bench")
+    hub = EventHub()
     names = [hub.subscribe(patterns, Counter, name=f"counter-{number}").name for number in range(subscribers)]
     with hub:
         yield side_of(hub, names, keys, payload)
@@ -184,7 +184,7 @@ def durable(durability: str | None, confirmed: int | None = None) -> Iterator[Si
     """Open a hub on a folder on the disk (None: one in memory); with ``confirmed`` it waits for confirms after each so many events."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir=DISK) as folder:
         options: dict[str, Any] = {} if durability is None else {"path": f"{folder}/hub", "durability": durability}
-        hub = EventHub(name="bench", **options)
+        hub = EventHub(**options)
         hub.subscribe(KEY, Counter, name="counter")
         with hub:
             side = side_of(hub, ["counter"])
@@ -207,7 +207,7 @@ class Batched(Counter):
 
 @contextlib.contextmanager
 def batches() -> Iterator[Side]:
-    hub = EventHub(name="bench")
+    hub = EventHub()
     hub.subscribe(KEY, Batched, name="counter", batch=TOGETHER)
     with hub:
         yield side_of(hub, ["counter"], payload=ORDER)
@@ -218,7 +218,7 @@ def archived(kind: type[SqliteArchive] | type[JsonLinesArchive], kept: Callable[
     """Open a hub whose one subscriber writes to a file; what is counted is read from there."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         path = f"{folder}/events"
-        hub = EventHub(name="bench")
+        hub = EventHub()
         hub.subscribe([KEY, "ask"], kind(path), name="archive", batch=TOGETHER)
 
         def ask() -> list[int]:
@@ -257,7 +257,7 @@ def many_patterns() -> Opened:
 @contextlib.contextmanager
 def beside_a_stuck_one(how: str) -> Iterator[Side]:
     """Open a hub with a healthy subscriber and one of the same key that does not get on."""
-    hub = EventHub(name="bench", check=False, stop=Stop(ask=0.1, term=0.1))
+    hub = EventHub(check=False, stop=Stop(ask=0.1, term=0.1))
     hub.subscribe(KEY, Counter, name="counter")
     rule = how if how in ("drop_oldest", "drop_newest", "dead_letter") else "block"
     work = {"FATAL": die, "frozen": len}.get(how, sleep_for_ever)
@@ -356,7 +356,7 @@ class Worker(Subscriber[int | None, int]):
 @contextlib.contextmanager
 def workers(subscribers: int) -> Iterator[Side]:
     """Open a hub whose subscribers each have a key of their own, and a millisecond of work for each event."""
-    hub, loops = EventHub(name="bench"), loops_of_a_millisecond()
+    hub, loops = EventHub(), loops_of_a_millisecond()
     keys = [hub.subscribe(f"work.{number}", Worker, name=f"worker-{number}").keys[0] for number in range(subscribers)]
 
     def publish(events: int) -> None:
@@ -371,7 +371,7 @@ def workers(subscribers: int) -> Iterator[Side]:
 @contextlib.contextmanager
 def crew(replicas: int) -> Iterator[Side]:
     """Open a hub whose one subscriber has as many replicas as an event of ``workers`` has subscribers."""
-    hub, loops = EventHub(name="bench"), loops_of_a_millisecond()
+    hub, loops = EventHub(), loops_of_a_millisecond()
     several = hub.subscribe("work", work, replicas=replicas)
 
     def publish(events: int) -> None:
@@ -388,7 +388,7 @@ def crew(replicas: int) -> Iterator[Side]:
 @contextlib.contextmanager
 def executor(*, by_value: bool) -> Iterator[Side]:
     """Open a pool that calls what it finds by its name, or what no process can import, as if the script at hand had defined it."""
-    with EventHub(name="bench") as hub, hub.executor(replicas=CALLERS) as pool:
+    with EventHub() as hub, hub.executor(replicas=CALLERS) as pool:
         yield calling(pool, (lambda n: n + 1) if by_value else next_of)
 
 

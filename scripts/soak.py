@@ -141,7 +141,7 @@ class Count(Subscriber[Event, int]):
 
 def make_hub(folder: Path, **options: Any) -> EventHub:
     """Subscribe what is to be killed, and ``beat``, which is not."""
-    hub = EventHub(name="soak", **options)
+    hub = EventHub(**options)
 
     def write_down(event: Event) -> None:
         note(folder / "delivered", *event)

@@ -43,7 +43,7 @@ def pids_by_role(hub: EventHub) -> dict[str, int]:
 
 def steps(events: int) -> dict[str, float]:
     """Return nanoseconds of CPU for one event among many: of each process, then of parts of them alone."""
-    hub = EventHub(name="bench")
+    hub = EventHub()
     hub.subscribe(KEY, Counter, name="counter")
     with hub:
         side, pids = side_of(hub, ["counter"]), pids_by_role(hub)
@@ -115,7 +115,7 @@ def alone(step: Callable[[], object], events: int = 1) -> float:
 
 def roundtrip_steps(questions: int) -> dict[str, float]:
     """Return microseconds of a round trip of an idle hub: in all (median), and the CPU time of each process (mean)."""
-    hub = EventHub(name="bench")
+    hub = EventHub()
     hub.subscribe(KEY, Counter, name="counter")
     with hub:
         side, pids = side_of(hub, ["counter"]), pids_by_role(hub)

@@ -139,7 +139,7 @@ def parse_options() -> Options:
 
 def make_hub() -> EventHub:
     """Wire the stages: files to the analyses, their findings to the report."""
-    hub = EventHub(name="supervisor")
+    hub = EventHub()
     for name, analysis in ANALYSES.items():
         hub.subscribe("source.python", analysis, name=name, to=f"report.{name}", retry=RETRY, restart=RESTART)
     hub.subscribe("report.>", Report, name="report", retry=RETRY, restart=RESTART)

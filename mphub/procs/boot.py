@@ -207,7 +207,7 @@ def sweep(parent: Path) -> None:
 
 def _sweep_one(folder: Path) -> None:
     """Remove a folder if both its hub's process and its supervisor are dead; between two supervisors only one is."""
-    with contextlib.suppress(BlockingIOError), lock_file(folder / "hub"), lock_file(folder / "owner"):
+    with contextlib.suppress(OSError), lock_file(folder / "hub"), lock_file(folder / "owner"):  # or another one sweeps it
         kill_recorded(folder)
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -765,7 +765,7 @@ def test_surroundings_need_not_be_utf_8(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_handlers_cannot_run_the_hub_they_are_in() -> None:
-    hub = EventHub(name="mine")
+    hub = EventHub(name="surrounding")
 
     def try_all(_: object) -> dict[str, str]:
         calls: dict[str, Callable[[], object]] = {
