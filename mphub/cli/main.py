@@ -91,4 +91,4 @@ def as_json(**fields: Any) -> str:
     return msgspec.json.encode({"schema": 1, **fields}, enc_hook=repr).decode()
 
 
-from mphub.cli import operating, programs, traffic  # noqa: E402, F401  # they add their commands
+from mphub.cli import folders, operating, programs, traffic  # noqa: E402, F401  # they add their commands

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mphub import EventHub, Subscription, __version__
+from mphub import EventHub, SubscriberPaused, Subscription, __version__
 from mphub.cli.main import CODES, main
 from mphub.control import Control
 from mphub.procs import boot
@@ -290,6 +290,8 @@ def test_help_tells_the_exit_codes_and_every_command(run: Run) -> None:
         "check",
         "init",
         "doctor",
+        "verify",
+        "salvage",
     ):
         assert f"\n  {command} " in out
         assert run(command, "--help")[0] == 0
@@ -325,6 +327,29 @@ def test_what_init_writes_is_checked_and_runs(run: Run, said: Callable[..., Any]
 def test_doctor(run: Run, said: Callable[..., Any]) -> None:
     assert said("doctor")["hubs"] == ["shop"]
     assert "memory " in run("doctor")[1]
+
+
+def test_a_folder_is_verified_and_salvaged(run: Run, said: Callable[..., Any], tmp_path: Path) -> None:
+    hub: EventHub = EventHub(tmp_path / "hub", check=False)
+    hub.subscribe("k", abs, name="waits")
+    with hub:
+        hub.subscription("waits").pause()
+        hub.publish_batch("k", range(200))
+        hub.flush()
+        with pytest.raises(SubscriberPaused):
+            hub.drain(10)
+        hub.stop(drain=False)
+    assert said("verify", tmp_path / "hub")["problems"] == []
+    assert run("verify", tmp_path / "hub")[1].endswith(" rows can be read\n")
+    found = said("salvage", tmp_path / "hub", tmp_path / "new")
+    assert (found["waiting"], found["problems"]) == ({"waits": 200}, [])
+    assert run("salvage", tmp_path / "hub", tmp_path / "new")[0] == 2
+    data = tmp_path / "hub" / "journal" / "data.mdb"
+    os.truncate(data, data.stat().st_size // 2)
+    assert run("verify", tmp_path / "hub")[0] == 1
+    (tmp_path / "empty").mkdir()
+    assert run("salvage", tmp_path / "empty", tmp_path / "other")[0] == 1
+    assert run("verify", tmp_path / "nowhere")[0] == 2
 
 
 def test_several_hubs_have_to_be_told_apart(run: Run) -> None:
