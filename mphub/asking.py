@@ -47,6 +47,10 @@ class Asking(ABC):
     def place_of(self, name: str) -> tuple[str | None, str]:
         """Return the process that a subscriber shares, if any, and its state if that is another than the process has."""
 
+    @abstractmethod
+    def state_of(self, name: str) -> tuple[str, bytes, str]:
+        """Return a subscriber's state, and of one that is FATAL the pickled error and the traceback."""
+
     def call(self, op: str, **args: object) -> Any:
         """Make a call and return the answer."""
         return self.begin(op, **args)(None)
@@ -141,7 +145,7 @@ class Asking(ABC):
 
         Raises SubscriberPaused, SubscriberFatal: there will be none.
         """
-        if (state := self.statistics().subscribers[name].state) in ("FATAL", "STOPPED", "PAUSED"):
+        if (state := self.state_of(name)[0]) in ("FATAL", "STOPPED", "PAUSED"):
             raise stuck_error(name, state)
         time.sleep(AGAIN)
 

@@ -193,25 +193,30 @@ class Config:
             raise InvalidOption(f"{self.path}: {where}: {error}") from error
 
     def load(self, name: str, where: str) -> Any:
-        """Import what a name stands for.
+        with self.saying(where):
+            return load(name, self.folder)
 
-        Raises InvalidOption.
-        """
-        module, _, attribute = name.partition(":")
-        if not module or not attribute:
-            raise InvalidOption(f"{self.path}: {where}: got {name!r}; expected a module and what is in it, as in app:handle")
-        if str(self.folder) not in sys.path:
-            sys.path.insert(0, str(self.folder))
-        try:
-            found: Any = importlib.import_module(module)
-        except ImportError as error:
-            raise InvalidOption(f"{self.path}: {where}: importing {module!r} failed: {error}") from error
-        for each in attribute.split("."):
-            if not hasattr(found, each):
-                near = nearest(each, dir(found))
-                raise InvalidOption(f"{self.path}: {where}: {module} has no {each!r}" + (f"; did you mean {near!r}?" if near else ""))
-            found = getattr(found, each)
-        return found
+
+def load(name: str, folder: Path) -> Any:
+    """Import what a name stands for, module:name, from a folder or wherever Python finds modules.
+
+    Raises InvalidOption.
+    """
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise InvalidOption(f"got {name!r}; expected a module and what is in it, as in app:handle")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as error:
+        raise InvalidOption(f"importing {module!r} failed ({type(error).__name__}: {error}); looked in {folder} first") from error
+    for each in attribute.split("."):
+        if not hasattr(found, each):
+            near = nearest(each, dir(found))
+            raise InvalidOption(f"{module} has no {each!r}" + (f"; did you mean {near!r}?" if near else ""))
+        found = getattr(found, each)
+    return found
 
 
 def found_at(path: Path) -> Path:

@@ -27,7 +27,7 @@ from mphub.reader import Dialer, Reader
 from mphub.reply import Reply, failure_of
 from mphub.store.blobs import Blobs
 from mphub.wire import frames
-from mphub.wire.codec import SHORT_BYTES, STOP, Parts, check_size
+from mphub.wire.codec import SCALARS, SHORT_BYTES, STOP, Parts, check_size
 from mphub.wire.frames import (
     BLOB_MIN,
     MAX_EVENTS,
@@ -60,8 +60,6 @@ MANY_TAKEN = 32
 """Replies that wait for a frame to be told with: each frame of its own costs the router a turn."""
 BATCH_BYTES = 120 << 10
 """Bytes from which a batch is full: half of that costs all processes together a seventh more CPU for each event."""
-SCALARS = frozenset({bytes, str, int, float, bool, type(None)})
-"""Payload types that pickle as they are: nothing of ``__main__`` can be in them."""
 LAST_FLUSH = 5.0
 """Seconds that the end of a process waits for its confirms."""
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()

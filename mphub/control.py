@@ -114,6 +114,11 @@ class Control(Asking):
         self.check_name(name, found)
         return found[name]["process"], found[name]["own"]
 
+    def state_of(self, name: str) -> tuple[str, bytes, str]:
+        host, own = self.place_of(name)
+        found = self.call("states")[name if own else host or name]
+        return found["state"], found["error"], found["traceback"]
+
     def check_name(self, name: str, names: Any) -> None:
         """Refuse a name that nobody has.
 

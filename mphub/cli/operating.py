@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -14,14 +13,12 @@ from mphub.control import Control
 from mphub.observe.statistics import HubStatistics, SubscriberStatistics
 from mphub.running import find
 
-F = TypeVar("F", bound=Callable[..., object])
 WELL = ("RUNNING", "PAUSED", "STOPPED")
 """States of subscribers that are as they should be."""
 HEADS = ("NAME", "STATE", "PIDS", "WAITING", "RUNNING", "HANDLED", "FAILED", "DEAD", "RESTARTS", "P95", "CPU", "RSS")
 
 on_hub = click.option("--hub", envvar="MPHUB_HUB", metavar="NAME|FOLDER", help="Which hub; or the environment's MPHUB_HUB.")
 in_json = click.option("--json", "json_", is_flag=True, help="One JSON object a line.")
-within = click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="At most; else however long it takes.")
 
 
 def control_of(hub: str | None) -> Control:
@@ -141,7 +138,7 @@ def scale(hub: str | None, json_: bool, name: str, replicas: int) -> None:
 @commands.command()
 @on_hub
 @in_json
-@within
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="At most; else however long it takes.")
 def drain(hub: str | None, json_: bool, timeout: float | None) -> None:
     """Wait until what was accepted before is done; ends with 3 if a subscriber that is FATAL or paused has work left, 5 after --timeout."""
     control = control_of(hub)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import resource
@@ -14,8 +13,7 @@ import click
 
 from mphub import __version__
 from mphub.cli.main import USAGE, Failed, as_json, commands
-from mphub.config import Config
-from mphub.core.keys import nearest
+from mphub.config import Config, load
 from mphub.hub import EventHub
 from mphub.procs import boot
 from mphub.procs.handlers import loads
@@ -52,35 +50,17 @@ app_dir = click.option(
 def hub_of(where: str, folder: str) -> EventHub:
     """Import the hub that a target names.
 
-    Raises click.UsageError.
+    Raises InvalidOption, click.UsageError.
     """
     if where.endswith(".toml"):
         return EventHub.from_config(os.path.join(folder, where))
-    module, _, attribute = where.partition(":")
-    if not module or not attribute:
+    if ":" not in where:
         raise click.UsageError(f"got {where!r}; expected a module and its hub, as in app:hub, or a file, as hub.toml")
-    sys.path.insert(0, os.path.abspath(folder))
-    sys.argv[0] = module  # hubs without a name are named after it
-    found: Any = import_module(module, folder)
-    for name in attribute.split("."):
-        if not hasattr(found, name):
-            near = nearest(name, [each for each in vars(found) if isinstance(getattr(found, each), EventHub)] or dir(found))
-            raise click.UsageError(f"{module} has no {name!r}" + (f"; did you mean {near!r}?" if near else ""))
-        found = getattr(found, name)
+    sys.argv[0] = where.partition(":")[0]  # hubs without a name are named after it
+    found = load(where, Path(folder).absolute())
     if not isinstance(found, EventHub):
         raise click.UsageError(f"{where} is a {type(found).__name__}; expected an EventHub")
     return found
-
-
-def import_module(name: str, folder: str) -> object:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise click.UsageError(f"importing {name} failed: {error}") from error
-        raise click.UsageError(f"there is no module {name!r} in {os.path.abspath(folder)} (--app-dir), nor elsewhere on sys.path") from None
-    except Exception as error:
-        raise click.UsageError(f"importing {name} failed: {type(error).__name__}: {error}") from error
 
 
 @commands.command()

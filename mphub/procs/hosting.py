@@ -482,8 +482,9 @@ class Pool:
     def put(self, job: Share) -> None:
         self.jobs.append(job)
         self.calls.put(None)
-        with self.lock:
-            self._grow()
+        if self.threads < self.most + self.asking:  # mostly there are as many as there may be
+            with self.lock:
+                self._grow()
 
     def make_room_for(self, job: Share) -> None:
         """Take one more thread until this event has ended: what answers it may wait for one."""

@@ -25,6 +25,8 @@ MAGIC = b"\0mphub\0\1"
 ALIGNED = 64
 SHORT_BYTES, STOP = tuple(pickle.PROTO + b"\5" + pickle.SHORT_BINBYTES + bytes([length]) for length in range(256)), pickle.STOP
 """Pickles of bytes, by length, around the bytes: half the time of ``dumps``, which makes a pickler for each."""
+SCALARS = frozenset({bytes, str, int, float, bool, type(None)})
+"""Types that pickle as they are, and never change: nothing of ``__main__`` can be in them."""
 _HEAD = struct.Struct("<8sQ")
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 

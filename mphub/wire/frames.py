@@ -398,20 +398,22 @@ def in_rows(replies: list[ReplyRow]) -> list[ReplyRow]:
     """Put results for the same requester together: one row of the journal, and one frame, for all of them."""
     if len(replies) < 2:
         return replies
-    rows = [reply for reply in replies if reply.blob is not None]
-    for publisher in {reply.publisher for reply in replies}:
-        some: list[ReplyRow] = []
-        size = 0
-        for reply in replies:
-            if reply.publisher != publisher or reply.blob is not None:
-                continue
-            size += len(reply.body)
-            if some and size >= BLOB_MIN:
-                rows.append(_together(some))
-                some, size = [], len(reply.body)
-            some.append(reply)
-        rows += [_together(some)] if some else []
-    return rows
+    rows: list[ReplyRow] = []
+    some: dict[int, list[ReplyRow]] = {}
+    sizes: dict[int, int] = {}
+    for reply in replies:
+        if reply.blob is not None:
+            rows.append(reply)
+            continue
+        who, size = reply.publisher, len(reply.body)
+        if who in some and sizes[who] + size < BLOB_MIN:
+            some[who].append(reply)
+            sizes[who] += size
+            continue
+        if who in some:
+            rows.append(_together(some[who]))
+        some[who], sizes[who] = [reply], size
+    return rows + [_together(each) for each in some.values()]
 
 
 def _together(replies: list[ReplyRow]) -> ReplyRow:

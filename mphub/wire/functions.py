@@ -13,10 +13,10 @@ from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, Final
 
 from mphub.wire import codec
+from mphub.wire.codec import SCALARS
 
 MOST: Final = 64
 """Functions that are known at a time, of who sends and of who loads."""
-SCALARS: Final = frozenset({bytes, str, int, float, bool, type(None)})
 SETS_GLOBALS: Final = frozenset({"STORE_GLOBAL", "DELETE_GLOBAL"})
 NOTHING: Final = object()
 

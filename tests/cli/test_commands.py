@@ -254,7 +254,7 @@ def test_dead_letters(run: Run, said: Callable[..., Any]) -> None:
         ("pub orders.eu 1 --file -", 2, "DATA and --file"),
         ("history --since yesterday", 2, "--since 'yesterday'"),
         ("run app", 2, "a module and its hub, as in app:hub"),
-        ("run nowhere:hub", 2, "no module 'nowhere'"),
+        ("run nowhere:hub", 2, "importing 'nowhere' failed"),
         ("check json:hub", 2, "json has no 'hub'"),
         ("check json:dumps", 2, "is a function; expected an EventHub"),
         ("run app:hub --app-dir /nowhere", 2, "/nowhere"),
